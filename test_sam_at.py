@@ -1,0 +1,931 @@
+"""The specification of sam_at.py, as properties. `pytest` runs all of it on a CPU; hypothesis draws the cases."""
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import sam_at
+
+settings.register_profile("repeatable", deadline=None, max_examples=25, derandomize=True,
+                          suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("repeatable")
+
+seeds = st.integers(0, 10_000)
+norms = st.sampled_from(["linf", "l2"])
+radii = st.floats(0.001, 0.3)
+
+
+def normal(*shape, seed, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def pixels(*shape, seed, dtype=torch.float32):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def batch(n, size=8, classes=3, seed=0, dtype=torch.float32):
+    return pixels(n, 3, size, size, seed=seed, dtype=dtype), torch.arange(n) % classes
+
+
+def tiny_net(seed=0, classes=3, dtype=torch.float32, batchnorm=True):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4) if batchnorm else nn.Identity(), nn.Tanh(),
+                        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, classes))
+    return sam_at.Classifier(net, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)).to(dtype)
+
+
+def linear_net(w, b=0.0):
+    """Two classes with logits (0, <w, x> + b)."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(w.numel(), 2)).to(w.dtype)
+    with torch.no_grad():
+        net[1].weight.copy_(torch.stack([torch.zeros_like(w), w]))
+        net[1].bias.copy_(torch.tensor([0.0, b]))
+    return net
+
+
+def weights_of(model):
+    return [w.detach().clone() for w in model.parameters()]
+
+
+def same_bits(a, b):
+    return all(x.dtype == y.dtype and x.shape == y.shape and x.contiguous().view(torch.uint8).equal(
+        y.contiguous().view(torch.uint8)) for x, y in zip(a, b, strict=True))
+
+
+def sgd(model, lr=0.1, **settings):
+    return torch.optim.SGD(model.parameters(), lr=lr, **settings)
+
+
+def length(tensors):
+    return math.sqrt(sum(float(t.double().pow(2).sum()) for t in tensors))
+
+
+def cli(*argv):
+    """main() in this process: (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = sam_at.main([str(a) for a in argv])
+    return code, out.getvalue(), err.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Input space
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@given(seeds, norms, radii, st.integers(0, 12), st.booleans(), st.integers(1, 5), st.sampled_from([torch.float32, torch.float64]))
+def test_pgd_stays_in_the_ball_and_in_the_image(seed, norm, eps, steps, random_start, n, dtype):
+    x, y = batch(n, seed=seed, dtype=dtype)
+    x = (3 * x - 1).clamp(0, 1)  # many pixels on the border of [0,1]
+    x_adv = sam_at.pgd(tiny_net(seed, dtype=dtype).eval(), x, y, eps, steps=steps, norm=norm, random_start=random_start)
+    assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    delta = (x_adv - x).flatten(1)
+    size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    assert (size <= eps + 1e-6).all()
+
+
+@given(seeds, norms, st.booleans(), st.integers(0, 3))
+def test_pgd_with_eps_zero_returns_the_image(seed, norm, random_start, steps):
+    x, y = batch(4, seed=seed)
+    assert sam_at.pgd(tiny_net(seed).eval(), x, y, 0.0, steps=steps, norm=norm, random_start=random_start).equal(x)
+
+
+@given(seeds, norms, st.floats(0.001, 0.2), st.integers(2, 20))
+def test_pgd_finds_the_optimum_of_a_linear_model(seed, norm, eps, d):
+    """On <w, x> the worst delta is eps * sign(g) for l-inf and eps * g/|g| for l2, where g = -w at label 1, w at 0."""
+    w = normal(d, seed=seed, dtype=torch.float64)
+    assume(w.abs().min() > 1e-3)
+    x = 0.3 + 0.4 * pixels(6, d, seed=seed + 1, dtype=torch.float64)  # no pixel reaches the border
+    y = torch.arange(6) % 2
+    g = torch.where(y == 1, -1.0, 1.0).double()[:, None] * w
+    best = x + eps * (g.sign() if norm == "linf" else g / g.norm(dim=1, keepdim=True))
+    assert torch.allclose(sam_at.pgd(linear_net(w), x, y, eps, norm=norm, random_start=False), best, atol=1e-9)
+    if norm == "linf":  # ten steps of eps/4 cross the whole ball, wherever they start
+        assert torch.allclose(sam_at.pgd(linear_net(w), x, y, eps, norm=norm), best, atol=1e-9)
+
+
+@given(seeds, norms, st.floats(0.02, 0.2), st.integers(2, 12))
+def test_pgd_meets_the_border_of_the_image(seed, norm, eps, d):
+    """With pixels on the border the l-inf optimum of a linear model is the clipped one; l2 loses no other pixel for it."""
+    w = normal(d, seed=seed, dtype=torch.float64)
+    x, y = pixels(6, d, seed=seed, dtype=torch.float64).round(), torch.ones(6, dtype=torch.int64)
+    x_adv = sam_at.pgd(linear_net(w), x, y, eps, norm=norm, random_start=False)
+    if norm == "linf":
+        assert torch.allclose(x_adv, (x - eps * w.sign()).clamp(0, 1), atol=1e-9)
+    assert ((x_adv - x) * w <= 1e-12).all()  # no pixel moves the wrong way
+
+
+@given(seeds, radii)
+def test_fgsm_is_one_step_of_pgd(seed, eps):
+    model, (x, y) = tiny_net(seed).eval(), batch(5, seed=seed)
+    x_adv = sam_at.fgsm(model, x, y, eps)
+    assert x_adv.equal(sam_at.pgd(model, x, y, eps, steps=1, step_size=eps, random_start=False))
+    x.requires_grad_()
+    g, = torch.autograd.grad(F.cross_entropy(model(x), y), x)
+    assert torch.allclose(x_adv, (x.detach() + eps * g.sign()).clamp(0, 1), atol=1e-6)
+
+
+@given(seeds, norms, st.floats(0.01, 0.2), st.integers(1, 12))
+def test_pgd_default_step_is_a_quarter_of_eps(seed, norm, eps, steps):
+    model, (x, y) = tiny_net(seed).eval(), batch(3, seed=seed)
+    one = sam_at.pgd(model, x, y, eps, steps=steps, norm=norm, random_start=False)
+    assert one.equal(sam_at.pgd(model, x, y, eps, steps=steps, step_size=eps / 4, norm=norm, random_start=False))
+
+
+@given(seeds, norms, radii, st.booleans())
+def test_pgd_is_repeatable_and_its_start_is_random(seed, norm, eps, own_generator):
+    model, (x, y) = tiny_net(seed).eval(), batch(4, seed=seed)
+
+    def attack(seed, steps):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed) if own_generator else None
+        return sam_at.pgd(model, x, y, eps, steps=steps, norm=norm, generator=generator)
+
+    assert attack(seed, 3).equal(attack(seed, 3))
+    assert not attack(seed, 0).equal(attack(seed + 1, 0))
+
+
+@given(seeds, norms)
+def test_random_starts_fill_the_ball(seed, norm):
+    x = torch.full((400, 3, 4, 4), 0.5)
+    delta = sam_at.random_delta(x, 0.1, norm, torch.Generator().manual_seed(seed)).flatten(1)
+    size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    assert size.max() <= 0.1 + 1e-6 and size.max() > 0.095
+    assert delta.mean().abs() < 0.005
+    if norm == "l2":
+        assert size.min() < 0.01 and 0.04 < size.mean() < 0.06  # lengths uniform in [0, eps]
+    else:
+        assert abs(delta.std() - 0.1 / math.sqrt(3)) < 0.002     # each pixel uniform in [-eps, eps]
+
+
+@given(seeds, norms, st.booleans(), st.booleans())
+def test_pgd_leaves_the_model_as_it_was(seed, norm, training, some_frozen):
+    model, (x, y) = tiny_net(seed), batch(4, seed=seed)
+    F.cross_entropy(model(x), y).backward()  # gradients lie on the weights, statistics have moved
+    model.train(training)
+    first = next(model.parameters())
+    first.requires_grad_(not some_frozen)
+    first.grad = None
+    state, grads = {k: v.clone() for k, v in model.state_dict().items()}, [w.grad for w in model.parameters()]
+    kept = [None if g is None else g.clone() for g in grads]
+    x_before = x.clone()
+    sam_at.pgd(model, x, y, 0.1, steps=3, norm=norm)
+    assert all(v.equal(state[k]) for k, v in model.state_dict().items())
+    for w, g, k in zip(model.parameters(), grads, kept):
+        assert w.grad is g and (g is None or g.equal(k))
+    assert [w.requires_grad for w in model.parameters()] == [not some_frozen] + [True] * (len(grads) - 1)
+    assert model.training == training and all(m.training == training for m in model.modules())
+    assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert x.equal(x_before)
+
+
+@given(seeds, st.integers(1, 4), norms)
+def test_pgd_computes_no_weight_gradients(seed, steps, norm):
+    """A step costs a forward pass and the input's half of a backward pass: twice the forward's operations, not thrice."""
+    model, (x, y) = tiny_net(seed).eval(), batch(2, seed=seed)
+    with FlopCounterMode(display=False) as forward:
+        model(x)
+    with FlopCounterMode(display=False) as attack:
+        sam_at.pgd(model, x, y, 0.1, steps=steps, norm=norm)
+    assert attack.get_total_flops() == 2 * steps * forward.get_total_flops()
+
+
+@given(seeds, norms)
+def test_pgd_works_where_gradients_are_off_and_puts_things_back_after_an_error(seed, norm):
+    model, (x, y) = tiny_net(seed).eval(), batch(3, seed=seed)
+    inside = partial(sam_at.pgd, model, x, y, 0.1, norm=norm, random_start=False)
+    with torch.no_grad():
+        x_adv = inside()
+    assert x_adv.equal(inside()) and not x_adv.equal(x)
+    with pytest.raises(ValueError):
+        sam_at.pgd(model, x[:2], y, 0.1, norm=norm)
+    assert all(w.requires_grad for w in model.parameters())
+    assert model.net[1].track_running_stats
+
+
+class Hostile(nn.Module):
+    """Logits that no longer depend on the image, are NaN, or have infinite gradients."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        z = x.flatten(1)[:, :2]
+        return {"constant": 0 * z, "nan": z * math.nan, "infinite": (z - z.detach()).sqrt(), "detached": 0 * z.detach() + z * 0,
+                "huge": z * 1e30}[self.kind]
+
+
+@given(seeds, norms, radii, st.sampled_from(["constant", "nan", "infinite", "huge"]), st.integers(1, 4))
+def test_a_hostile_model_never_makes_a_broken_image(seed, norm, eps, kind, steps):
+    x, y = batch(3, classes=2, seed=seed)
+    still = sam_at.pgd(Hostile(kind), x, y, eps, steps=steps, norm=norm, random_start=False)
+    moved = sam_at.pgd(Hostile(kind), x, y, eps, steps=steps, norm=norm)
+    for x_adv in still, moved:
+        assert x_adv.isfinite().all() and x_adv.min() >= 0 and x_adv.max() <= 1
+        delta = (x_adv - x).flatten(1)
+        assert ((delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)) <= eps + 1e-6).all()
+    if kind in ("constant", "nan"):
+        assert still.equal(x)
+
+
+@given(seeds, st.floats(1e-30, 1e30), norms)
+def test_the_attack_does_not_depend_on_the_scale_of_the_loss(seed, scale, norm):
+    g = normal(4, 3, 5, 5, seed=seed)
+    g = torch.where(g.abs() < 1e-3, torch.ones_like(g), g)
+    step = sam_at.steepest(g * scale, norm)
+    assert torch.allclose(step, sam_at.steepest(g, norm), rtol=1e-4)
+    assert torch.allclose(step.flatten(1).norm(dim=1) if norm == "l2" else step.abs().amax(), torch.ones(()), rtol=1e-4)
+
+
+@given(seeds, norms, st.floats(0.01, 2))
+def test_project_is_the_nearest_point_of_the_ball(seed, norm, eps):
+    delta = normal(5, 3, 4, seed=seed)
+    nearest = sam_at.project(delta, eps, norm)
+    size = nearest.flatten(1).abs().amax(1) if norm == "linf" else nearest.flatten(1).norm(dim=1)
+    assert (size <= eps * (1 + 1e-5)).all()
+    assert sam_at.project(nearest, eps, norm).allclose(nearest)
+    other = sam_at.random_delta(delta, eps, norm, torch.Generator().manual_seed(seed))
+    assert ((delta - nearest).flatten(1).norm(dim=1) <= (delta - other).flatten(1).norm(dim=1) + 1e-5).all()
+
+
+@pytest.mark.parametrize("wrong", [{"norm": "l1"}, {"eps": -0.1}, {"eps": math.nan}, {"steps": -1}])
+def test_pgd_refuses(wrong):
+    x, y = batch(2)
+    with pytest.raises(ValueError):
+        sam_at.pgd(tiny_net().eval(), x, y, **{"eps": 0.1} | wrong)
+    with pytest.raises(TypeError):
+        sam_at.pgd(tiny_net().eval(), (x * 255).byte(), y, 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weight space
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@given(seeds, st.floats(0, 10), st.booleans(), st.booleans())
+def test_perturbed_puts_back_the_exact_bits(seed, rho, fail, as_parameters):
+    model, (x, y) = tiny_net(seed), batch(4, seed=seed)
+    F.cross_entropy(model(x), y).backward()
+    before, grads = weights_of(model), [w.grad.clone() for w in model.parameters()]
+    with pytest.raises(KeyError) if fail else io.StringIO():
+        with sam_at.perturbed(model.parameters() if as_parameters else model, rho):
+            if fail:
+                raise KeyError
+    assert same_bits(before, weights_of(model))
+    assert same_bits(grads, [w.grad for w in model.parameters()])
+
+
+@given(seeds, st.floats(1e-4, 10), st.floats(1e-3, 1e3))
+def test_the_ascent_has_norm_rho_and_the_gradients_direction(seed, rho, scale):
+    model, (x, y) = tiny_net(seed, dtype=torch.float64), batch(4, seed=seed, dtype=torch.float64)
+    (scale * F.cross_entropy(model(x), y)).backward()
+    before, grads = weights_of(model), [w.grad.clone() for w in model.parameters()]
+    with sam_at.perturbed(model, rho):
+        v = [w.detach() - b for w, b in zip(model.parameters(), before)]
+    assert math.isclose(length(v), rho, rel_tol=1e-6)
+    for a, g in zip(v, grads):  # one factor for every weight: one norm over all of them, not one a layer
+        assert torch.allclose(a, g * rho / length(grads), rtol=1e-5, atol=1e-9 * rho)
+
+
+@given(seeds, st.floats(0.001, 1))
+def test_the_ascent_never_lowers_a_convex_loss(seed, rho):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double()
+    x, y = batch(6, seed=seed, dtype=torch.float64)
+    loss, _ = sam_at.backward(model, x, y)
+    g_norm = length(w.grad for w in model.parameters())
+    with sam_at.perturbed(model, rho), torch.no_grad():
+        assert F.cross_entropy(model(x), y) >= loss + rho * g_norm - 1e-9  # convex: above its tangent
+
+
+@given(seeds, st.floats(0, 5))
+def test_zero_and_missing_gradients_are_harmless(seed, rho):
+    model = tiny_net(seed)
+    before = weights_of(model)
+    with sam_at.perturbed(model, rho):  # no gradient at all
+        assert same_bits(before, weights_of(model))
+    for w in model.parameters():
+        w.grad = torch.zeros_like(w)
+    with sam_at.perturbed(model, rho):  # all zero
+        assert all(a.equal(b) for a, b in zip(before, weights_of(model)))
+    last = model.net[-1].bias
+    for w in model.parameters():
+        w.grad = torch.ones_like(w) if w is last else None
+    with sam_at.perturbed(model, rho):  # one weight alone has a gradient
+        assert math.isclose(length([last.detach() - before[-1]]), rho, rel_tol=1e-3, abs_tol=1e-6)
+        assert same_bits(before[:-1], weights_of(model)[:-1])
+    for w in model.parameters():
+        w.grad = torch.full_like(w, 1e-30)
+    with sam_at.perturbed(model, rho):  # squares underflow: a short ascent, never a long one
+        assert length(a - b for a, b in zip(before, weights_of(model))) <= rho * 1.001 + 1e-6
+    assert same_bits(before, weights_of(model))
+
+
+@pytest.mark.parametrize("rho", [-0.1, math.nan, math.inf])
+def test_perturbed_refuses(rho):
+    with pytest.raises(ValueError):
+        with sam_at.perturbed(tiny_net(), rho):
+            pass
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The three steps
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Quadratic(nn.Module):
+    """A model whose cross-entropy at label 0 is exactly q = 1 + w'Aw/2: its logits are (0, log(e^q - 1))."""
+
+    def __init__(self, A, w):
+        super().__init__()
+        self.A, self.w = A, nn.Parameter(w.clone())
+
+    def forward(self, x):
+        q = 1 + self.w @ self.A @ self.w / 2
+        return torch.stack([torch.zeros_like(q), q.expm1().log()])[None]
+
+
+@given(seeds, st.integers(1, 5), st.floats(0.01, 0.5), st.floats(0, 0.5))
+def test_on_a_quadratic_the_sam_step_is_the_closed_form(seed, d, lr, rho):
+    root = normal(d, d, seed=seed, dtype=torch.float64)
+    A, w = root @ root.T + torch.eye(d), normal(d, seed=seed + 1, dtype=torch.float64)
+    model = Quadratic(A, w)
+    loss, logits = sam_at.sam_step(model, torch.zeros(1, 1), torch.tensor([0]), sgd(model, lr), rho)
+    expected = w - lr * A @ (w + rho * A @ w / (A @ w).norm())
+    assert torch.allclose(model.w, expected, rtol=1e-6)
+    assert math.isclose(loss, 1 + w @ A @ w / 2, rel_tol=1e-9)
+
+
+@given(seeds, st.floats(0.01, 0.5), st.sampled_from([0.0, 0.9]))
+def test_sam_with_rho_zero_is_the_sgd_step(seed, lr, momentum):
+    results = []
+    for step in sam_at.sgd_step, partial(sam_at.sam_step, rho=0.0):
+        model, (x, y) = tiny_net(seed), batch(6, seed=seed)
+        optimizer = sgd(model, lr, momentum=momentum, weight_decay=5e-4)
+        for _ in range(3):
+            loss, logits = step(model, x, y, optimizer)
+        results.append([loss, logits, *weights_of(model), *(b.clone() for b in model.buffers())])
+    assert same_bits(*results)
+
+
+@given(seeds, st.floats(0.01, 0.5), st.floats(0.01, 0.5))
+def test_the_sam_step_applies_the_gradient_at_the_perturbed_weights(seed, lr, rho):
+    model, (x, y) = tiny_net(seed, dtype=torch.float64), batch(6, seed=seed, dtype=torch.float64)
+    twin = tiny_net(seed, dtype=torch.float64)
+    before = weights_of(model)
+    F.cross_entropy(twin(x), y).backward()
+    g = [w.grad.clone() for w in twin.parameters()]
+    with torch.no_grad():
+        for w, gi in zip(twin.parameters(), g):
+            w += rho * gi / length(g)
+    twin.zero_grad()
+    F.cross_entropy(twin(x), y).backward()
+    sam_at.sam_step(model, x, y, sgd(model, lr), rho)
+    for w, b, t in zip(model.parameters(), before, twin.parameters()):
+        assert torch.allclose(w, b - lr * t.grad, atol=1e-10)
+
+
+@given(seeds, norms, st.floats(0.01, 0.2), st.integers(1, 5))
+def test_the_at_step_is_the_sgd_step_on_attacked_images(seed, norm, eps, steps):
+    results = []
+    for attack_inside in True, False:
+        model, (x, y) = tiny_net(seed), batch(6, seed=seed)
+        torch.manual_seed(seed)
+        if attack_inside:
+            loss, logits = sam_at.at_step(model, x, y, sgd(model), eps, steps=steps, norm=norm)
+        else:
+            x_adv = sam_at.pgd(model, x, y, eps, steps=steps, norm=norm)
+            loss, logits = sam_at.sgd_step(model, x_adv, y, sgd(model))
+        results.append([loss, logits, *weights_of(model), *(b.clone() for b in model.buffers())])
+    assert same_bits(*results)
+    assert not results[0][0].equal(sam_at.backward(tiny_net(seed), x, y)[0])  # the attack did something
+
+
+steps_of_each = st.sampled_from([sam_at.sgd_step, partial(sam_at.sam_step, rho=0.01), partial(sam_at.at_step, eps=0.001)])
+
+
+@given(seeds, steps_of_each)
+def test_a_step_forgets_gradients_that_lay_around(seed, step):
+    """An attack, or a caller, may leave gradients on the weights: no step may add them to its own."""
+    results = []
+    for junk in False, True:
+        model, (x, y) = tiny_net(seed), batch(6, seed=seed)
+        for w in model.parameters():
+            w.grad = torch.randn_like(w) if junk else None
+        torch.manual_seed(seed)
+        step(model, x, y, sgd(model))
+        results.append(weights_of(model))
+    assert same_bits(*results)
+
+
+@given(seeds, st.floats(0.01, 0.1))
+def test_sam_on_an_attacked_batch_is_clean_of_the_attack(seed, eps):
+    results = []
+    for attack in True, False:
+        model, (x, y) = tiny_net(seed), batch(6, seed=seed)
+        torch.manual_seed(seed)
+        x_adv = sam_at.pgd(model, x, y, eps)
+        if not attack:
+            model = tiny_net(seed)  # one that the attack never touched
+        sam_at.sam_step(model, x_adv, y, sgd(model), 0.1)
+        results.append(weights_of(model))
+    assert same_bits(*results)
+
+
+@given(seeds, steps_of_each)
+def test_a_step_returns_loss_and_logits_detached_and_lowers_the_loss(seed, step):
+    model, (x, y) = tiny_net(seed, dtype=torch.float64, batchnorm=False), batch(6, seed=seed, dtype=torch.float64)
+    before = F.cross_entropy(model(x), y)
+    loss, logits = step(model, x, y, sgd(model, 0.01))
+    assert not loss.requires_grad and not logits.requires_grad and loss.shape == () and logits.shape == (6, 3)
+    assert torch.allclose(loss, F.cross_entropy(logits, y))
+    assert torch.allclose(loss, before, rtol=0.02)
+    assert F.cross_entropy(model(x), y) < before
+
+
+@given(seeds, steps_of_each)
+def test_running_statistics_move_once_a_step(seed, step):
+    model, (x, y) = tiny_net(seed), batch(6, seed=seed)
+    mean = model.net[1].running_mean.clone()
+    step(model, x, y, sgd(model))
+    assert model.net[1].num_batches_tracked == 1 and not model.net[1].running_mean.equal(mean)
+    assert model.training and model.net[1].track_running_stats
+
+
+@given(seeds, st.integers(1, 8))
+def test_duality_on_a_linear_score(seed, d):
+    """(w + v).x = w.(x + (v.x) w/|w|^2): on a linear score, moving the weights is moving the input."""
+    w, v, x = (normal(d, seed=seed + k, dtype=torch.float64) for k in range(3))
+    assume(w.norm() > 1e-3)
+    model = linear_net(w)
+    model[1].weight.grad = torch.stack([torch.zeros_like(v), v])
+    with sam_at.perturbed(model, float(v.norm())), torch.no_grad():
+        moved_weights = model(x[None])[0, 1]
+    moved_input = model((x + (v @ x) * w / w.norm() ** 2)[None])[0, 1]
+    assert torch.allclose(moved_weights, moved_input, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_prn18_is_the_papers_network():
+    model = sam_at.make_model("prn18", 10)
+    assert sum(w.numel() for w in model.parameters()) == 11_172_170
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 20 and sum(m.kernel_size == (1, 1) for m in convolutions) == 3
+    assert not any(m.bias is not None for m in convolutions)
+    assert [m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)][-1] == 512
+
+
+@settings(max_examples=8)
+@given(st.sampled_from(list(sam_at.MODELS)), st.integers(2, 20), st.integers(1, 4), st.booleans())
+def test_logits_have_one_column_a_class_for_any_batch(name, classes, n, training):
+    model = sam_at.make_model(name, classes, width=4).train(training)
+    assert model(pixels(n, 3, 32, 32, seed=n)).shape == (n, classes)
+
+
+@settings(max_examples=8)
+@given(seeds, st.sampled_from(list(sam_at.MODELS)), st.integers(2, 5))
+def test_in_eval_mode_an_images_logits_do_not_depend_on_its_batch(seed, name, n):
+    torch.manual_seed(seed)
+    model, x = sam_at.make_model(name, 3, width=4).eval(), pixels(n, 3, 32, 32, seed=seed)
+    with torch.no_grad():
+        assert torch.allclose(model(x), torch.cat([model(image[None]) for image in x]), atol=1e-4)
+
+
+@given(seeds)
+def test_normalisation_is_inside(seed):
+    mean, std = pixels(3, seed=seed).tolist(), (0.1 + pixels(3, seed=seed + 1)).tolist()
+    torch.manual_seed(seed)
+    model, x = sam_at.make_model("small", 3, (mean, std), width=4).eval(), pixels(2, 3, 32, 32, seed=seed)
+    normalised = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], 1)
+    with torch.no_grad():
+        assert torch.allclose(model(x), model.net(normalised), atol=1e-4)
+    assert torch.equal(sam_at.make_model("prn18", 10).mean.flatten(), torch.tensor([0.4914, 0.4822, 0.4465]))
+
+
+def test_a_preactivation_block_is_its_formula():
+    block = sam_at.PreActBlock(3, 5, 2).eval()
+    x = normal(2, 3, 8, 8, seed=0)
+    h = F.relu(block.bn1(x))
+    out = F.conv2d(F.relu(block.bn2(F.conv2d(h, block.conv1.weight, stride=2, padding=1))), block.conv2.weight, padding=1)
+    assert torch.allclose(block(x), out + F.conv2d(h, block.shortcut.weight, stride=2), atol=1e-5)
+    same = sam_at.PreActBlock(3, 3, 1)
+    nn.init.zeros_(same.conv2.weight)
+    assert same.shortcut is None and same(x).equal(x)  # the identity path is untouched
+
+
+def test_make_model_refuses_an_unknown_name():
+    with pytest.raises(ValueError, match="prn18"):
+        sam_at.make_model("resnet", 10)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data and recipe
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(1, 6), st.integers(5, 9), st.integers(5, 9), st.integers(0, 3))
+def test_crop_and_flip_makes_crops_of_the_reflected_image(seed, n, h, w, pad):
+    x = (pixels(n, 3, h, w, seed=seed) * 256).byte()
+    torch.manual_seed(seed)
+    out = sam_at.crop_and_flip(x, pad)
+    assert out.shape == x.shape and out.dtype == torch.uint8
+    padded = F.pad(x.float(), (pad,) * 4, mode="reflect").byte()
+    for image, result in zip(padded, out):  # in place: the i-th result is a crop of the i-th image
+        crops = [image[:, i:i + h, j:j + w] for i in range(2 * pad + 1) for j in range(2 * pad + 1)]
+        assert any(result.equal(c) or result.equal(c.flip(2)) for c in crops)
+
+
+def test_crop_and_flip_uses_every_crop_equally():
+    """162 outcomes (81 shifts, mirrored or not), 20,000 draws: chi-squared with 161 degrees of freedom is below 240."""
+    torch.manual_seed(0)
+    image = torch.arange(3 * 9 * 9, dtype=torch.uint8).view(1, 3, 9, 9)
+    out = sam_at.crop_and_flip(image.expand(20_000, -1, -1, -1)).flatten(1)
+    _, counts = out.unique(dim=0, return_counts=True)
+    assert len(counts) == 162
+    expected = 20_000 / 162
+    assert ((counts - expected) ** 2 / expected).sum() < 240
+
+
+def test_the_learning_rate_of_the_papers_recipe():
+    optimizer, schedule = sam_at.make_optimizer(tiny_net(), 0.1, 100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.1] * 75 + [0.01] * 15 + [0.001] * 10)
+    group = optimizer.param_groups[0]
+    assert (group["momentum"], group["weight_decay"], group["nesterov"], group["dampening"]) == (0.9, 5e-4, False, 0)
+
+
+@given(st.integers(1, 40), st.floats(1e-3, 1))
+def test_the_learning_rate_of_any_number_of_epochs(epochs, lr):
+    optimizer, schedule = sam_at.make_optimizer(nn.Linear(1, 1), lr, epochs)
+    for done in range(epochs):
+        drops = (done >= 0.75 * epochs) + (done >= 0.9 * epochs)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr * 0.1 ** drops)
+        optimizer.step()
+        schedule.step()
+
+
+@settings(max_examples=5)
+@given(seeds, st.floats(0.5, 1))
+def test_the_demo_data_is_the_simplified_model(seed, p):
+    """With the class means known: the coarse pattern names the class with probability p, the texture always."""
+    data = sam_at.demo_data(1500, 300, p=p, noise=0.08, seed=seed)
+    assert data.x.dtype == torch.uint8 and data.x.shape == (1500, 3, 32, 32) and data.x_test.shape == (300, 3, 32, 32)
+    assert set(data.y.tolist()) == set(range(10)) and data.y_test.dtype == torch.int64
+    means = torch.stack([(data.x[data.y == c].float() / 255).mean(0) for c in range(10)])
+    smooth = F.interpolate(F.avg_pool2d(means, 4), size=32, mode="bilinear")
+    coarse = F.avg_pool2d(means - means.mean(0), 4).flatten(1)
+    x = F.avg_pool2d(sam_at.to_pixels(data.x_test) - means.mean(0), 4).flatten(1)
+    named = torch.cdist(x, coarse).argmin(1) == data.y_test
+    assert abs(named.float().mean() - p) < 0.1
+    fine = (means - smooth).flatten(1)
+    fine -= fine.mean(0)
+    score = (sam_at.to_pixels(data.x_test) - means.mean(0)).flatten(1) @ fine.T
+    assert (score.argmax(1) == data.y_test).float().mean() > 0.9
+    assert 1.5 / 255 < (means - smooth).abs().mean() < 4.5 / 255
+    again = sam_at.demo_data(1500, 300, p=p, noise=0.08, seed=seed)
+    assert again.x.equal(data.x) and again.y.equal(data.y)
+
+
+@given(seeds, st.integers(2, 9))
+def test_statistics_are_those_of_the_pixels(seed, n):
+    x = (pixels(n, 3, 6, 5, seed=seed) * 256).byte()
+    mean, std = sam_at.statistics_of(x)
+    flat = (x.double() / 255).permute(1, 0, 2, 3).flatten(1)
+    assert torch.allclose(torch.tensor(mean).double(), flat.mean(1), atol=1e-5)
+    assert torch.allclose(torch.tensor(std).double(), flat.std(1), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def tiny_data(n=24, classes=3, seed=0, size=8):
+    x, y = (pixels(n, 3, size, size, seed=seed) * 256).byte(), torch.arange(n) % classes
+    return sam_at.Data(x, y, x, y, classes, sam_at.statistics_of(x), False, "noise")
+
+
+@pytest.mark.parametrize("step", [sam_at.sgd_step, partial(sam_at.sam_step, rho=0.02), partial(sam_at.at_step, eps=0.002)])
+def test_every_method_learns_a_tiny_set_by_heart(step):
+    torch.manual_seed(0)
+    data = tiny_data(24, size=32)
+    model = sam_at.make_model("small", 3, data.statistics, width=8)
+    rows = list(sam_at.train(model, data, step, epochs=25, batch_size=8, lr=0.05))
+    assert [r["epoch"] for r in rows] == list(range(1, 26)) and rows[-1]["accuracy"] == 100
+    assert rows[-1]["loss"] < rows[0]["loss"] / 5
+    assert sam_at.evaluate(model, (data.x, data.y), ())["clean"] == 100
+
+
+@settings(max_examples=6)
+@given(seeds, st.integers(1, 30), st.integers(1, 9))
+def test_an_epoch_meets_every_image_once_and_averages_over_all(seed, n, batch_size):
+    torch.manual_seed(seed)
+    data, met = tiny_data(n, seed=seed), []
+
+    def step(model, x, y, optimizer):
+        met.extend(x)
+        assert len(x) <= batch_size and x.dtype == torch.float32
+        return torch.tensor(float(len(y))), F.one_hot(torch.zeros_like(y), 3).float()
+
+    row, = sam_at.train(tiny_net(), data, step, epochs=1, batch_size=batch_size, lr=0.1)
+    key = sorted(tuple(image.flatten().tolist()) for image in met)
+    assert key == sorted(tuple(image.flatten().tolist()) for image in sam_at.to_pixels(data.x))
+    sizes = [min(batch_size, n - i) for i in range(0, n, batch_size)]
+    assert row["loss"] == pytest.approx(sum(s * s for s in sizes) / n)
+    assert row["accuracy"] == pytest.approx(100 * int((data.y == 0).sum()) / n)
+
+
+@settings(max_examples=6)
+@given(seeds, steps_of_each, st.booleans())
+def test_same_seed_same_weights(seed, step, augment):
+    results = []
+    for s in seed, seed, seed + 1:
+        torch.manual_seed(s)
+        model = tiny_net(0)
+        torch.manual_seed(s)
+        list(sam_at.train(model, tiny_data()._replace(augment=augment), step, epochs=2, batch_size=7, lr=0.1))
+        results.append(weights_of(model))
+    assert same_bits(results[0], results[1]) and not same_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize("lr", [1e20, math.inf])
+def test_divergence_names_the_epoch(lr):
+    with pytest.raises(sam_at.Diverged, match="epoch 1"):
+        list(sam_at.train(tiny_net(), tiny_data(), sam_at.sgd_step, epochs=3, batch_size=8, lr=lr))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def linear_task(seed, n=60, d=12):
+    """A linear model, and points away from the border of [0,1] that it classifies with small margins."""
+    w, x = normal(d, seed=seed), 0.5 + 0.05 * normal(n, d, seed=seed + 1).clamp(-3, 3)
+    model = linear_net(w, b=-0.5 * float(w.sum()))
+    noise = 0.1 * normal(n, seed=seed + 2)
+    y = (model(x)[:, 1].detach() + noise > 0).long()
+    margin = (model(x)[:, 1].detach() * (2 * y - 1))
+    return model, x, y, margin, w
+
+
+@given(seeds, norms, st.floats(0.001, 0.1), st.integers(1, 70))
+def test_robust_accuracy_of_a_linear_model_is_the_closed_form(seed, norm, eps, batch_size):
+    """An image withstands eps if its margin exceeds eps * |w|_q, q dual to p."""
+    model, x, y, margin, w = linear_task(seed)
+    threshold = eps * float(w.abs().sum() if norm == "linf" else w.norm())
+    assume((margin - threshold).abs().min() > 1e-4 and margin.abs().min() > 1e-5)
+    result = sam_at.evaluate(model, (x, y), [f"{norm} {eps}"], steps=40, batch_size=batch_size)
+    assert result["clean"] == pytest.approx(100 * float((margin > 0).float().mean()))
+    assert result["robust"][f"{norm} {eps}"] == pytest.approx(100 * float((margin > threshold).float().mean()), abs=1e-4)
+
+
+@given(seeds, norms)
+def test_robust_accuracy_falls_as_eps_grows_and_stays_below_clean(seed, norm):
+    model, (x, y) = tiny_net(seed).eval(), batch(50, seed=seed)
+    names = [f"{norm} {eps}" for eps in (1e-4, 0.02, 0.1, 0.5)]
+    result = sam_at.evaluate(model, (x, y), names)
+    assert list(result["robust"]) == names
+    robust = [result["clean"], *result["robust"].values()]
+    assert robust == sorted(robust, reverse=True)
+
+
+@settings(max_examples=10)
+@given(seeds, norms, st.floats(0.005, 0.05), st.integers(1, 6))
+def test_dropping_fooled_images_changes_no_figure(seed, norm, eps, steps):
+    """The same as attacking every image to the end and asking whether any iterate fooled the model."""
+    model, (x, y) = tiny_net(seed).eval(), batch(40, seed=seed)
+    y = model(x).argmax(1)
+    standing = sam_at.withstands(model, x, y, eps, steps=steps, norm=norm, generator=torch.Generator().manual_seed(seed))
+    x_adv = (x + sam_at.random_delta(x, eps, norm, torch.Generator().manual_seed(seed))).clamp(0, 1)
+    fooled = torch.zeros(len(x), dtype=torch.bool)
+    for _ in range(steps + 1):
+        fooled |= model(x_adv).argmax(1) != y
+        x_adv, _ = sam_at.pgd_step(model, x, y, x_adv, eps, eps / 4, norm)
+    assert standing.tolist() == (~fooled).nonzero().flatten().tolist()
+
+
+def test_pgd_fools_what_evaluate_says_it_fools():
+    """The public attack and the evaluation agree: what survives no iterate fails, what pgd's last iterate fools is not counted."""
+    model, x, y, margin, w = linear_task(3)
+    x_adv = sam_at.pgd(model, x, y, 0.02)
+    still = (model(x_adv).argmax(1) == y).float().mean()
+    assert sam_at.evaluate(model, (x, y), ["linf 0.02"])["robust"]["linf 0.02"] == pytest.approx(100 * float(still))
+
+
+@given(seeds, st.integers(1, 17), st.booleans())
+def test_evaluation_counts_the_whole_set_and_touches_nothing(seed, batch_size, training):
+    model, (x, y) = tiny_net(seed).train(training), batch(17, seed=seed)
+    x = (x * 255).byte()
+    state, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    result = sam_at.evaluate(model, (x, y), ["linf 1/255"], steps=2, batch_size=batch_size)
+    assert model.training == training and torch.get_rng_state().equal(rng)
+    assert all(v.equal(state[k]) for k, v in model.state_dict().items())
+    right = (model.eval()(x / 255).argmax(1) == y).float().mean()
+    assert result["clean"] == pytest.approx(100 * float(right))
+
+
+@pytest.mark.parametrize("wrong", ["linf", "linf 8", "l1 0.1", "linf 0", "linf -1/255", "linf 1/0", "", "pgd 1/255"])
+def test_evaluate_refuses_an_attack_it_does_not_know(wrong):
+    with pytest.raises(ValueError):
+        sam_at.evaluate(tiny_net(), batch(3), [wrong])
+
+
+def test_evaluate_refuses_nan_and_nothing():
+    with pytest.raises(ValueError, match="finite"):
+        sam_at.evaluate(Hostile("nan"), batch(3))
+    with pytest.raises(ValueError, match="no images"):
+        sam_at.evaluate(tiny_net(), (torch.zeros(0, 3, 8, 8), torch.zeros(0).long()))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 254), st.sampled_from([255, 256, 1000]))
+def test_radii_are_fractions_or_decimals(a, b):
+    assert sam_at.parse_radius(f"{a}/{b}") == a / b == sam_at.parse_radius(repr(a / b))
+    if b == 255:
+        assert sam_at.show_radius(a / b) == f"{a}/255"
+    with pytest.raises(ValueError, match=f"{a}/255"):
+        sam_at.parse_radius(str(a))
+
+
+def make_folder(root, train=("cat", "dog"), test=("cat", "dog"), n=3, size=(32, 32), test_name="test"):
+    from PIL import Image
+    for part, classes in ("train", train), (test_name, test):
+        for c, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", size, (80 * c, 60, 20 * i)).save(root / part / name / f"{i}.png")
+    return root
+
+
+BAD = {  # arguments, and what the one line must speak of
+    "method": (["--method", "sma"], "sma"),
+    "negative rho": (["--rho", "-0.1"], "rho"),
+    "rho in words": (["--rho", "big"], "big"),
+    "nan rho": (["--rho", "nan"], "rho"),
+    "eps 8": (["--eps", "8"], "8/255"),
+    "eps 0": (["--eps", "0"], "(0, 1)"),
+    "eps 1": (["--eps", "1.0"], "(0, 1)"),
+    "eps nan": (["--eps", "nan"], "eps"),
+    "eps 1/0": (["--eps", "1/0"], "eps"),
+    "eps negative": (["--eps=-1/255"], "(0, 1)"),
+    "zero epochs": (["--epochs", "0"], "epochs"),
+    "zero batch": (["--batch-size", "0"], "batch-size"),
+    "large batch": (["--batch-size", "4001"], "4000"),
+    "zero lr": (["--lr", "0"], "lr"),
+    "infinite lr": (["--lr", "inf"], "lr"),
+    "huge seed": (["--seed", str(2 ** 64)], "seed"),
+    "no folder": (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
+    "no folder named": (["--dataset", "folder"], "--data-dir"),
+    "device": (["--device", "gpu"], "gpu"),
+    "cuda": (["--device", "cuda:99"], "cuda:99"),
+    "json in no folder": (["--json", "no/where.json"], "no/where.json"),
+    "unknown flag": (["--roh", "1"], "roh"),
+    "abbreviation": (["--epoch", "1"], "epoch"),
+}
+
+
+@pytest.mark.parametrize("argv, says", BAD.values(), ids=BAD.keys())
+def test_bad_input_gets_one_line_and_exit_code_2(argv, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("--preset", "demo", *argv)
+    assert code == 2 and err.count("\n") == 1 and says in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_cuda_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    code, _, err = cli("--device", "cuda")
+    assert code == 2 and err.count("\n") == 1 and "cuda" in err
+
+
+def test_bad_folders(tmp_path):
+    def refused(root, says):
+        code, _, err = cli("--preset", "demo", "--dataset", "folder", "--data-dir", root, "--batch-size", 2)
+        assert code == 2 and err.count("\n") == 1 and says in err, err
+
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "train")
+    (tmp_path / "hollow" / "train" / "cat").mkdir(parents=True)
+    refused(tmp_path / "hollow", "cat")
+    refused(make_folder(tmp_path / "one", ["cat"], ["cat"]), "one class")
+    refused(make_folder(tmp_path / "differ", ["cat", "dog"], ["cat", "eel"]), "dog")
+    root = make_folder(tmp_path / "broken")
+    (root / "train" / "dog" / "1.png").write_bytes(b"no image")
+    refused(root, "1.png")
+    good = (root / "train" / "dog" / "0.png").read_bytes()
+    (root / "train" / "dog" / "1.png").write_bytes(good[:len(good) // 2])
+    refused(root, "1.png")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_cifar_that_cannot_be_had_offers_the_demo(there, tmp_path, monkeypatch):
+    import torchvision
+
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
+    root = tmp_path / "data"
+    if there:
+        root.mkdir()
+    for name in "cifar10", "cifar100":
+        code, _, err = cli("--preset", "paper", "--dataset", name, "--data-dir", root, "--device", "cpu")
+        assert code == 2 and err.count("\n") == 1 and "--preset demo" in err and name in err
+        assert root.exists() == there
+
+
+@settings(max_examples=4)
+@given(st.sampled_from(["test", "val"]), st.integers(20, 50), st.integers(20, 50))
+def test_folder_is_read_as_imagefolder_reads_it(tmp_path_factory, test_name, width, height):
+    root = make_folder(tmp_path_factory.mktemp("images"), size=(width, height), test_name=test_name)
+    data = sam_at.load_folder(root)
+    assert data.x.shape == (6, 3, 32, 32) and data.x.dtype == torch.uint8 and data.num_classes == 2
+    assert data.y.tolist() == [0, 0, 0, 1, 1, 1] == data.y_test.tolist()
+    assert [tuple(image[:, 5, 5].tolist()) for image in data.x] == [(80 * c, 60, 20 * i) for c in (0, 1) for i in range(3)]
+    assert data.statistics == sam_at.statistics_of(data.x) and data.augment
+
+
+def test_divergence_is_one_line_and_no_table():
+    code, out, err = cli("--preset", "demo", "--method", "sgd", "--epochs", 2, "--lr", 1e30, "--batch-size", 500)
+    assert code == 2 and "epoch 1" in err and err.count("\n") == 1 and "clean" not in out
+
+
+def test_json_is_not_written_over_something_else(tmp_path):
+    note = tmp_path / "note.txt"
+    note.write_text("mine")
+    code, _, err = cli("--preset", "demo", "--json", note)
+    assert code == 2 and "note.txt" in err and note.read_text() == "mine"
+
+
+def test_help_is_grouped_and_shows_defaults():
+    code, out, _ = cli("--help")
+    assert code == 0
+    for word in "what to run", "radii", "data and network", "training", "default", "8/255", "--rho", "--attack-steps":
+        assert word in out
+
+
+def check_demo(out, table, methods):
+    first, *_ = out.splitlines()
+    assert "preset demo" in first and "--preset paper" in first
+    assert [row["method"] for row in table] == methods
+    for row in table:
+        assert list(row) == ["method", "clean", "robust", "seconds"] and tuple(row["robust"]) == sam_at.ATTACKS
+        assert all(0 <= v <= row["clean"] <= 100 for v in row["robust"].values()) and row["seconds"] > 0
+        line = next(li for li in out.splitlines() if re.match(rf"{row['method']} +\d", li))
+        assert [float(c) for c in line.split()[1:6]] == pytest.approx([row["clean"], *row["robust"].values()], abs=0.0501)
+
+
+def test_the_demo_end_to_end(tmp_path):
+    """A short run of the real command in a process of its own, and again in this one: the same figures."""
+    flags = ["--preset", "demo", "--method", "sgd", "sam", "at", "--epochs", "2", "--attack-steps", "1", "--json"]
+    script = Path(sam_at.__file__)
+    done = subprocess.run([sys.executable, script, *flags, tmp_path / "a.json"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "a.json").read_text())
+    check_demo(done.stdout, table, ["sgd", "sam", "at"])
+    assert len(re.findall(r"epoch [12]/2 .*loss.*accuracy.*images/s.*left", done.stdout)) == 6
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    code, out, _ = cli(*flags, tmp_path / "a.json")
+    assert code == 0
+    again = json.loads((tmp_path / "a.json").read_text())
+    assert [r["robust"] | {"clean": r["clean"]} for r in again] == [r["robust"] | {"clean": r["clean"]} for r in table]
+
+
+def test_a_folder_end_to_end_and_ctrl_c(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "images", n=8)
+    code, out, err = cli("--preset", "demo", "--dataset", "folder", "--data-dir", root, "--method", "sam", "--epochs", 2,
+                         "--batch-size", 4, "--width", 4, "--model", "prn18")
+    assert code == 0 and err == "" and re.search(r"^sam +\d", out, re.M) and "x SGD" in out
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sam_at, "load_data", interrupt)
+    code, _, err = cli("--preset", "demo")
+    assert code == 130 and err.count("\n") == 1
