@@ -80,18 +80,23 @@ def random_delta(x, eps, norm, generator=None):
     return length * steepest(direction, "l2")
 
 
-def pgd_step(model, x, y, x_adv, eps, step_size, norm):
-    """One step of steepest ascent in the input:  delta <- P_eps(delta + step_size * g/|g|),  g = dL/dx.
+def clip(x, delta):
+    """Shorten delta until x + delta is an image, with pixels in [0,1]. It stays in the ball, since x is an image."""
+    return (x + delta).clamp(0, 1) - x
 
-    Returns the next x_adv, and the logits at the one that came in.
+
+def pgd_step(model, x, y, delta, eps, step_size, norm):
+    """One step of steepest ascent in the input:  delta <- P_eps(delta + step_size * g/|g|),  g = dL/ddelta.
+
+    Returns the next delta, and the logits at the one that came in.
     """
-    x_adv = x_adv.detach().requires_grad_()
+    delta = delta.detach().requires_grad_()
     with torch.enable_grad():
-        logits = model(x_adv)
+        logits = model(x + delta)
         loss = F.cross_entropy(logits, y, reduction="sum")  # a sum: each image's gradient is its own
-    g, = torch.autograd.grad(loss, x_adv)
-    delta = project(x_adv.detach() + step_size * steepest(g, norm) - x, eps, norm)
-    return (x + delta).clamp(0, 1), logits.detach()
+    g, = torch.autograd.grad(loss, delta)
+    delta = project(delta.detach() + step_size * steepest(g, norm), eps, norm)
+    return clip(x, delta), logits.detach()
 
 
 def pgd(model, x, y, eps, *, steps=10, step_size=None, norm="linf", random_start=True, generator=None):
@@ -112,11 +117,11 @@ def pgd(model, x, y, eps, *, steps=10, step_size=None, norm="linf", random_start
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}: expected float pixels in [0,1]")
     step_size = eps / 4 if step_size is None else step_size
-    x_adv = (x + random_delta(x, eps, norm, generator)).clamp(0, 1) if random_start else x.clone()
+    delta = clip(x, random_delta(x, eps, norm, generator)) if random_start else torch.zeros_like(x)
     with frozen_weights(model), frozen_statistics(model):
         for _ in range(steps):
-            x_adv, _ = pgd_step(model, x, y, x_adv, eps, step_size, norm)
-    return x_adv
+            delta, _ = pgd_step(model, x, y, delta, eps, step_size, norm)
+    return (x + delta).clamp(0, 1)
 
 
 def fgsm(model, x, y, eps):
@@ -412,12 +417,12 @@ def withstands(model, x, y, eps, *, steps, norm, generator=None):
     Robust accuracy asks only whether an image was ever fooled, so a fooled one is attacked no further.
     """
     standing = torch.arange(len(x), device=x.device)
-    x_adv = (x + random_delta(x, eps, norm, generator)).clamp(0, 1)
+    delta = clip(x, random_delta(x, eps, norm, generator))
     with frozen_weights(model):  # saves memory and a third of the time
         for _ in range(steps + 1):  # the last pass only looks at what the last step made
-            x_next, logits = pgd_step(model, x, y, x_adv, eps, eps / 4, norm)
+            delta, logits = pgd_step(model, x, y, delta, eps, eps / 4, norm)
             still = logits.argmax(1) == y
-            x, y, x_adv, standing = x[still], y[still], x_next[still], standing[still]
+            x, y, delta, standing = x[still], y[still], delta[still], standing[still]
             if not len(standing):
                 break
     return standing
@@ -616,11 +621,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, *, strict=False):
-    """An argparse type: a finite int or float, at least `low` (above it, if strict)."""
+    """An argparse type: an int or float from `low` (above it, if strict) to what torch can take."""
     def parse(text):
         with suppress(ValueError):
             value = kind(text)
-            if math.isfinite(value) and (value > low if strict else value >= low):
+            if value < (2 ** 63 if kind is int else math.inf) and (value > low if strict else value >= low):
                 return value
         what = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text!r} is not {what} {'>' if strict else '>='} {low}")
@@ -659,7 +664,8 @@ def parse_args(argv):
     flag("--norm", choices=["linf", "l2"], default="linf", help="AT's norm (default: linf)")
     flag("--attack-steps", type=number(int, 1), default=5, help="AT's attack steps, each of eps/4 (default: 5)")
     flag = parser.add_argument_group("data and network").add_argument
-    flag("--dataset", choices=["demo", "cifar10", "cifar100", "folder"], help="(default: preset demo: demo, paper: cifar10)")
+    flag("--dataset", choices=["demo", "cifar10", "cifar100", "folder"],
+         help="(default: preset demo: demo, paper: cifar10)")
     flag("--data-dir", metavar="DIR",
          help="where CIFAR is or goes (default: data); for folder, the one with train/CLASS/ and test/CLASS/")
     flag("--model", choices=list(MODELS), help="(default: preset demo: small, paper: prn18)")

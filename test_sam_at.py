@@ -60,8 +60,10 @@ def weights_of(model):
 
 
 def same_bits(a, b):
-    return all(x.dtype == y.dtype and x.shape == y.shape and x.contiguous().view(torch.uint8).equal(
-        y.contiguous().view(torch.uint8)) for x, y in zip(a, b, strict=True))
+    def as_bytes(t):
+        return t.contiguous().flatten().view(torch.uint8)
+
+    return all(x.dtype == y.dtype and as_bytes(x).equal(as_bytes(y)) for x, y in zip(a, b, strict=True))
 
 
 def sgd(model, lr=0.1, **settings):
@@ -555,7 +557,7 @@ def test_crop_and_flip_makes_crops_of_the_reflected_image(seed, n, h, w, pad):
 def test_crop_and_flip_uses_every_crop_equally():
     """162 outcomes (81 shifts, mirrored or not), 20,000 draws: chi-squared with 161 degrees of freedom is below 240."""
     torch.manual_seed(0)
-    image = torch.arange(3 * 9 * 9, dtype=torch.uint8).view(1, 3, 9, 9)
+    image = torch.arange(3 * 11 * 11).view(1, 3, 11, 11)
     out = sam_at.crop_and_flip(image.expand(20_000, -1, -1, -1)).flatten(1)
     _, counts = out.unique(dim=0, return_counts=True)
     assert len(counts) == 162
@@ -586,24 +588,24 @@ def test_the_learning_rate_of_any_number_of_epochs(epochs, lr):
 
 
 @settings(max_examples=5)
-@given(seeds, st.floats(0.5, 1))
+@given(seeds, st.floats(0.5, 0.7))
 def test_the_demo_data_is_the_simplified_model(seed, p):
     """With the class means known: the coarse pattern names the class with probability p, the texture always."""
-    data = sam_at.demo_data(1500, 300, p=p, noise=0.08, seed=seed)
-    assert data.x.dtype == torch.uint8 and data.x.shape == (1500, 3, 32, 32) and data.x_test.shape == (300, 3, 32, 32)
+    data = sam_at.demo_data(3000, 300, p=p, seed=seed)
+    assert data.x.dtype == torch.uint8 and data.x.shape == (3000, 3, 32, 32) and data.x_test.shape == (300, 3, 32, 32)
     assert set(data.y.tolist()) == set(range(10)) and data.y_test.dtype == torch.int64
-    means = torch.stack([(data.x[data.y == c].float() / 255).mean(0) for c in range(10)])
-    smooth = F.interpolate(F.avg_pool2d(means, 4), size=32, mode="bilinear")
-    coarse = F.avg_pool2d(means - means.mean(0), 4).flatten(1)
-    x = F.avg_pool2d(sam_at.to_pixels(data.x_test) - means.mean(0), 4).flatten(1)
-    named = torch.cdist(x, coarse).argmin(1) == data.y_test
-    assert abs(named.float().mean() - p) < 0.1
-    fine = (means - smooth).flatten(1)
-    fine -= fine.mean(0)
-    score = (sam_at.to_pixels(data.x_test) - means.mean(0)).flatten(1) @ fine.T
-    assert (score.argmax(1) == data.y_test).float().mean() > 0.9
-    assert 1.5 / 255 < (means - smooth).abs().mean() < 4.5 / 255
-    again = sam_at.demo_data(1500, 300, p=p, noise=0.08, seed=seed)
+
+    def coarse_and_fine(x):
+        blocks = F.avg_pool2d(x, 4)
+        return blocks.flatten(1), (x - F.interpolate(blocks, size=32, mode="bilinear")).flatten(1)
+
+    means = torch.stack([sam_at.to_pixels(data.x[data.y == c]).mean(0) for c in range(10)])
+    seen = coarse_and_fine(sam_at.to_pixels(data.x_test) - means.mean(0))
+    known = coarse_and_fine(means - means.mean(0))
+    by_coarse, by_fine = ((torch.cdist(a, b).argmin(1) == data.y_test).float().mean() for a, b in zip(seen, known))
+    assert abs(by_coarse - p) < 0.1 and by_fine > 0.8
+    assert 2 / 255 < coarse_and_fine(means)[1].abs().mean() < 4 / 255
+    again = sam_at.demo_data(3000, 300, p=p, seed=seed)
     assert again.x.equal(data.x) and again.y.equal(data.y)
 
 
@@ -646,6 +648,7 @@ def test_an_epoch_meets_every_image_once_and_averages_over_all(seed, n, batch_si
     def step(model, x, y, optimizer):
         met.extend(x)
         assert len(x) <= batch_size and x.dtype == torch.float32
+        optimizer.step()
         return torch.tensor(float(len(y))), F.one_hot(torch.zeros_like(y), 3).float()
 
     row, = sam_at.train(tiny_net(), data, step, epochs=1, batch_size=batch_size, lr=0.1)
@@ -718,11 +721,11 @@ def test_dropping_fooled_images_changes_no_figure(seed, norm, eps, steps):
     model, (x, y) = tiny_net(seed).eval(), batch(40, seed=seed)
     y = model(x).argmax(1)
     standing = sam_at.withstands(model, x, y, eps, steps=steps, norm=norm, generator=torch.Generator().manual_seed(seed))
-    x_adv = (x + sam_at.random_delta(x, eps, norm, torch.Generator().manual_seed(seed))).clamp(0, 1)
+    delta = sam_at.clip(x, sam_at.random_delta(x, eps, norm, torch.Generator().manual_seed(seed)))
     fooled = torch.zeros(len(x), dtype=torch.bool)
     for _ in range(steps + 1):
-        fooled |= model(x_adv).argmax(1) != y
-        x_adv, _ = sam_at.pgd_step(model, x, y, x_adv, eps, eps / 4, norm)
+        fooled |= model(x + delta).argmax(1) != y
+        delta, _ = sam_at.pgd_step(model, x, y, delta, eps, eps / 4, norm)
     assert standing.tolist() == (~fooled).nonzero().flatten().tolist()
 
 
@@ -902,7 +905,7 @@ def check_demo(out, table, methods):
 
 
 def test_the_demo_end_to_end(tmp_path):
-    """A short run of the real command in a process of its own, and again in this one: the same figures."""
+    """A short run of the real command in a process of its own, and SAM again, alone, in this one: the same figures."""
     flags = ["--preset", "demo", "--method", "sgd", "sam", "at", "--epochs", "2", "--attack-steps", "1", "--json"]
     script = Path(sam_at.__file__)
     done = subprocess.run([sys.executable, script, *flags, tmp_path / "a.json"], capture_output=True, text=True, cwd=tmp_path)
@@ -911,10 +914,9 @@ def test_the_demo_end_to_end(tmp_path):
     check_demo(done.stdout, table, ["sgd", "sam", "at"])
     assert len(re.findall(r"epoch [12]/2 .*loss.*accuracy.*images/s.*left", done.stdout)) == 6
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-    code, out, _ = cli(*flags, tmp_path / "a.json")
-    assert code == 0
-    again = json.loads((tmp_path / "a.json").read_text())
-    assert [r["robust"] | {"clean": r["clean"]} for r in again] == [r["robust"] | {"clean": r["clean"]} for r in table]
+    code, out, _ = cli("--preset", "demo", "--method", "sam", "--epochs", "2", "--json", tmp_path / "a.json")
+    again, = json.loads((tmp_path / "a.json").read_text())  # the old table is replaced
+    assert code == 0 and again | {"seconds": 0} == table[1] | {"seconds": 0}
 
 
 def test_a_folder_end_to_end_and_ctrl_c(tmp_path, monkeypatch):
