@@ -19,7 +19,7 @@ sees an attacked image, still gains robustness, and unlike AT does so without lo
     python sam_at.py --help                   everything else
 
 Read from the top: 1 input space, 2 weight space, 3 the three training steps, 4 networks, 5 data, 6 the training
-loop, 7 evaluation. What follows can wait: 8 where the data comes from, 9 the command line.
+loop, 7 evaluation. What follows can wait: 8 where the data comes from, 9 what a step costs, 10 the command line.
 
 Units everywhere: pixels are in [0,1], eps and delta in the same unit (so 8/255, not 8), rho in the unit of the
 weights. x: float images (N, C, H, W) or any (N, ...). y: integer labels (N,). logits: (N, classes).
@@ -28,12 +28,14 @@ import argparse
 import json
 import math
 import os
+import platform
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -367,7 +369,9 @@ def make_optimizer(model, lr, epochs):
 
     Returns the optimizer and its schedule; call schedule.step() after every epoch.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    weights = list(model.parameters())
+    fused = weights[0].device.type in ("cpu", "cuda")  # the whole update as one kernel, where there is one
+    optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9, weight_decay=5e-4, fused=fused)
     milestones = [math.ceil(0.75 * epochs), math.ceil(0.9 * epochs)]
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
@@ -580,7 +584,85 @@ def load_data(name, directory):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 9. The command line
+# 9. What a step costs
+#
+#    In passes, with a forward pass F and a backward pass of twice that (F for the inputs, F for the weights):
+#        SGD   3 F                SAM   6 F, twice SGD                AT   K (F + F) + 3 F, 1 + 2K/3 times SGD
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def time_of(call, device, seconds=15, least=5, most=50):
+    """Median wall time of call() in seconds, synchronised, after two calls to warm up."""
+    times, sync = [], torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for i in range(2 + most):
+        sync()
+        start = time.perf_counter()
+        call()
+        sync()
+        times.append(time.perf_counter() - start)
+        if i >= 1 + least and sum(times) > seconds:
+            break
+    return median(times[2:])
+
+
+def matmul_rate(device, dtype):
+    """Floating-point operations a second of a large matrix product, measured."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return 2 * n ** 3 / time_of(partial(torch.matmul, a, b), device, seconds=5)
+
+
+def peak_mb(device, reset=False):
+    """Peak memory since the last reset, in MB: CUDA's allocated tensors, or else the whole process."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    if reset:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: start counting anew
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def run_benchmark(s):
+    """Time a step of each method (SGD always, for the ratio) on random pixels; print the table and return its rows."""
+    from torch.utils.flop_counter import FlopCounterMode
+    dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
+    rate, rows = matmul_rate(s.device, dtype), []
+    x, y = torch.rand(s.batch_size, 3, 32, 32, device=s.device), torch.randint(10, (s.batch_size,), device=s.device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    print(f"{s.model}, batch {s.batch_size}, {device_name(s.device)}, {s.precision}, torch {torch.__version__}; "
+          f"a matrix product runs at {rate / 1e12:.2f} TFLOP/s")
+    for method in dict.fromkeys(["sgd", *s.method]):
+        model, fast = build(s, 10, CIFAR10_STATISTICS)
+        optimizer, _ = make_optimizer(model, s.lr, s.epochs)
+        step = STEPS[method](s)
+        with FlopCounterMode(display=False) as counter:
+            step(model, x, y, optimizer)
+        step(fast, x, y, optimizer)
+        peak_mb(s.device, reset=True)
+        seconds = time_of(partial(step, fast, x, y, optimizer), s.device)
+        rows.append({"method": method, "step_s": seconds, "images_per_s": s.batch_size / seconds,
+                     "ratio_to_sgd": seconds / rows[0]["step_s"] if rows else 1.0, "peak_mb": peak_mb(s.device),
+                     "share_of_matmul_rate": counter.get_total_flops() / seconds / rate})
+    passes = {"sgd": "3 F", "sam": "6 F", "at": f"{2 * s.attack_steps + 3} F"}
+    print(align([["method", "passes", "step", "images/s", "x SGD", "peak MB", "of matmul rate"]] + [
+        [r["method"], passes[r["method"]], f"{1000 * r['step_s']:.1f} ms", f"{r['images_per_s']:.0f}",
+         f"{r['ratio_to_sgd']:.2f}", f"{r['peak_mb']:.0f}", f"{100 * r['share_of_matmul_rate']:.0f}%"] for r in rows]))
+    return rows
+
+
+def device_name(device):
+    """What the device is called, such as the GPU's name or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 10. The command line
 # ---------------------------------------------------------------------------------------------------------------
 
 PRESETS = {  # every setting that differs between the two
@@ -654,6 +736,7 @@ def parse_args(argv):
          help="demo: embedded data, small network, CPU; paper: CIFAR-10, PreActResNet-18, GPU; any other flag "
               "overrides its preset's value (default: paper where CUDA is there, otherwise demo)")
     flag("--method", nargs="+", choices=list(STEPS), default=list(STEPS), help="one or several (default: sgd sam at)")
+    flag("--benchmark", action="store_true", help="time a step of each method instead: what SAM and AT cost here")
     flag("--seed", type=number(int, 0), default=0, help="of weights, batches and attacks (default: 0)")
     flag("--device", help="cpu, cuda, cuda:N or mps (default: cuda where it is there, otherwise cpu)")
     flag("--json", metavar="FILE", help="write the final table there, as a list of rows")
@@ -673,6 +756,10 @@ def parse_args(argv):
     flag = parser.add_argument_group("training").add_argument
     flag("--epochs", type=number(int, 1), help="(default: preset demo: 15, paper: 100)")
     flag("--batch-size", type=number(int, 1), default=128, help="(default: 128)")
+    flag("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+         help="of training; evaluation is always fp32 (default: auto, bf16 where the device multiplies in it)")
+    flag("--compile", action=argparse.BooleanOptionalAction,
+         help="torch.compile the network for training (default: on for CUDA and 20 epochs or more)")
     flag("--lr", type=number(float, 0, strict=True), default=0.1,
          help="learning rate; a tenth of it from 75%% of the epochs, a hundredth from 90%% (default: 0.1)")
 
@@ -682,10 +769,16 @@ def parse_args(argv):
     for key, value in PRESETS[s.preset].items():
         if getattr(s, key) is None:
             setattr(s, key, value[s.norm] if key == "eps" else value)
+    s.method = list(dict.fromkeys(s.method))
     s.device = parse_device(s.device)
     if s.dataset == "folder" and not s.data_dir:
         raise BadInput("--dataset folder needs --data-dir DIR")
     s.data_dir = s.data_dir or "data"
+    if s.compile is None:  # compiling takes a minute or two; on the CPU it gained nothing (1.08 s a step either way)
+        s.compile = s.device.type == "cuda" and s.epochs >= 20 and not s.benchmark
+    if s.device.type == "cuda":  # torch's default, TF32, rounds the inputs of float32 convolutions to 10 bits
+        torch.backends.cudnn.allow_tf32 = False
+    s.precision = ("bf16" if has_bf16(s.device) else "fp32") if s.precision == "auto" else s.precision
     if s.json:
         check_json(Path(s.json))
     return s
@@ -702,6 +795,14 @@ def parse_device(name):
     if (device.index or 0) >= count.get(device.type, 0):
         raise BadInput(f"--device {name}: not on this machine; leave it out, or use --device cpu")
     return device
+
+
+def has_bf16(device):
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def check_json(path):
@@ -723,11 +824,18 @@ def write_whole(path, text):
     os.replace(part, path)
 
 
-def run_method(method, s, data):
-    """Train one network with one method and attack it; prints its progress, returns its row of the table."""
+def build(s, num_classes, statistics):
+    """The network that the settings name, on its device: (model, the same compiled if they say so)."""
     torch.manual_seed(s.seed)  # every method starts from the same weights and meets the same batches
     width = {} if s.width is None else {"width": s.width}
-    model = make_model(s.model, data.num_classes, data.statistics, **width).to(s.device)
+    model = make_model(s.model, num_classes, statistics, **width).to(s.device)
+    model.bf16 = s.precision == "bf16"
+    return model, torch.compile(model, dynamic=False) if s.compile else model
+
+
+def run_method(method, s, data):
+    """Train one network with one method and attack it; prints its progress, returns its row of the table."""
+    model, fast = build(s, data.num_classes, data.statistics)
     label = method + {"sgd": "", "sam": f" rho {s.rho:g}", "at": f" {s.norm} {show_radius(s.eps)}"}[method]
     terminal, start = sys.stdout.isatty(), time.perf_counter()
 
@@ -736,12 +844,12 @@ def run_method(method, s, data):
             print(f"{label}  epoch {epoch}/{s.epochs}  batch {done}/{total}", end="\r", flush=True)
 
     step = STEPS[method](s)
-    for row in train(model, data, step, epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, on_batch=on_batch):
+    for row in train(fast, data, step, epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, on_batch=on_batch):
         left = (time.perf_counter() - start) / row["epoch"] * (s.epochs - row["epoch"])
         print(f"{label}  epoch {row['epoch']}/{s.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:5.1f}%  "
               f"{len(data.x) / row['seconds']:.0f} images/s  {show_time(left)} left", flush=True)
     seconds = time.perf_counter() - start
-    result = evaluate(model, (data.x_test, data.y_test), seed=s.seed)
+    result = evaluate(model, (data.x_test, data.y_test), seed=s.seed)  # not the compiled one: its batches shrink
     return {"method": method, **result, "seconds": seconds}
 
 
@@ -767,26 +875,28 @@ def align(cells):
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
 
 
-def run(argv):
-    s = parse_args(argv)
+def run_training(s):
+    """Train and attack every method asked for; print the table and return its rows."""
     other = "paper" if s.preset == "demo" else "demo"
     why = "as asked" if s.preset_given else f"CUDA is {'' if s.preset == 'paper' else 'not '}there"
     print(f"preset {s.preset} ({why}); for the other: --preset {other}", flush=True)
     data = load_data(s.dataset, s.data_dir)
     if s.batch_size > len(data.x):
         raise BadInput(f"--batch-size {s.batch_size} is larger than the {len(data.x)} training images")
-    print(f"data: {data.source}; network: {s.model}; device: {s.device}", flush=True)
+    print(f"data: {data.source}; network: {s.model}; device: {s.device}, {s.precision}", flush=True)
     data = data._replace(**{k: getattr(data, k).to(s.device) for k in ("x", "y", "x_test", "y_test")})
-    rows = [run_method(method, s, data) for method in dict.fromkeys(s.method)]
+    rows = [run_method(method, s, data) for method in s.method]
     print(f"\naccuracy in percent on {len(data.x_test)} test images, clean and under PGD-10\n" + show_table(rows))
-    if s.json:
-        write_whole(s.json, json.dumps(rows, indent=1) + "\n")
+    return rows
 
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 after one line about bad input, 130 after Ctrl-C."""
     try:
-        run(argv)
+        s = parse_args(argv)
+        rows = run_benchmark(s) if s.benchmark else run_training(s)
+        if s.json:
+            write_whole(s.json, json.dumps(rows, indent=1) + "\n")
     except (BadInput, Diverged) as error:
         print(f"sam_at.py: {error}", file=sys.stderr)
         return 2

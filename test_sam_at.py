@@ -3,6 +3,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import sam_at
@@ -679,6 +681,115 @@ def test_divergence_names_the_epoch(lr):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Speed: what each choice must not change
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@given(seeds, steps_of_each)
+def test_bf16_is_for_training_alone_and_weights_stay_float32(seed, step):
+    model, twin, (x, y) = tiny_net(seed), tiny_net(seed), batch(6, seed=seed)
+    model.bf16 = True
+    model.eval(), twin.eval()
+    assert model(x).equal(twin(x)) and sam_at.pgd(model, x, y, 0.1, random_start=False).equal(
+        sam_at.pgd(twin, x, y, 0.1, random_start=False))
+    model.train(), twin.train()
+    assert not model(x).equal(twin(x)) and torch.allclose(model(x), twin(x), atol=0.05)
+    losses = [step(m, x, y, sgd(m))[0] for m in (model, twin)]
+    assert losses[0].dtype == torch.float32 and torch.allclose(*losses, atol=0.02)
+    assert all(w.dtype == torch.float32 and w.grad.dtype == torch.float32 for w in model.parameters())
+
+
+@given(seeds, st.floats(0.1, 0.5))
+def test_in_bf16_the_second_sam_pass_sees_the_perturbed_weights(seed, rho):
+    """Autocast keeps casts of the weights while it lasts: one that spanned both passes would turn SAM into SGD."""
+    model, twin, (x, y) = tiny_net(seed), tiny_net(seed), batch(6, seed=seed)
+    model.bf16 = twin.bf16 = True
+    sam_at.backward(twin, x, y)
+    with sam_at.perturbed(twin, rho), torch.autocast("cpu", enabled=False):
+        moved = [w.detach().clone() for w in twin.parameters()]
+    twin.load_state_dict(dict(zip(dict(twin.named_parameters()), moved)), strict=False)
+    sam_at.backward(twin, x, y)
+    sam_at.sam_step(model, x, y, sgd(model), rho)
+    assert all(a.grad.equal(b.grad) for a, b in zip(model.parameters(), twin.parameters()))
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device, and the bytes of new tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = self.new_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.waits += function.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero", "masked_select")
+        self.new_bytes += out.nbytes if function.__name__.startswith(("clone", "_foreach_mul.", "_foreach_add.")) else 0
+        return out
+
+
+@settings(max_examples=5)
+@given(steps_of_each, st.booleans())
+def test_an_epoch_waits_for_the_device_only_at_its_end(step, augment):
+    waits = []
+    for batch_size in 24, 4:
+        with Watch() as watch:
+            list(sam_at.train(tiny_net(), tiny_data()._replace(augment=augment), step, epochs=1, batch_size=batch_size, lr=0.1))
+        waits.append(watch.waits)
+    assert waits[0] == waits[1]
+
+
+def test_sam_keeps_one_extra_copy_of_the_weights():
+    model, (x, y) = tiny_net(), batch(6)
+    sam_at.backward(model, x, y)
+    with Watch() as watch, sam_at.perturbed(model, 0.1):
+        pass
+    assert watch.new_bytes == sum(w.nbytes for w in model.parameters())
+
+
+@given(seeds, st.integers(1, 4))
+def test_the_cost_of_a_step_in_passes(seed, steps):
+    """SGD 3 F less the first layer's input gradient; SAM twice that; AT-K 2 K F more."""
+    model, (x, y) = tiny_net(seed), batch(4, seed=seed)
+
+    def flops(call, *args, **kwargs):
+        with FlopCounterMode(display=False) as counter:
+            call(*args, **kwargs)
+        return counter.get_total_flops()
+
+    forward, first = flops(model, x), flops(model.net[0], x)
+    one = flops(sam_at.sgd_step, model, x, y, sgd(model))
+    assert one == 3 * forward - first
+    assert flops(sam_at.sam_step, model, x, y, sgd(model), 0.1) == 2 * one
+    assert flops(sam_at.at_step, model, x, y, sgd(model), 0.1, steps=steps) == one + 2 * steps * forward
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_training_is_the_same_up_to_rounding():
+    results = []
+    for compiled in False, True:
+        model, (x, y) = tiny_net(), batch(6)
+        fast, optimizer = torch.compile(model, dynamic=False) if compiled else model, sgd(model)
+        torch.manual_seed(0)
+        for step in sam_at.sgd_step, partial(sam_at.sam_step, rho=0.5), partial(sam_at.at_step, eps=0.1, norm="l2"):
+            step(fast, x, y, optimizer)
+        results.append(list(model.state_dict().values()))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_benchmark_prints_what_it_writes(tmp_path):
+    code, out, err = cli("--preset", "demo", "--benchmark", "--batch-size", 16, "--attack-steps", 2, "--json", tmp_path / "b.json")
+    rows = json.loads((tmp_path / "b.json").read_text())
+    assert code == 0 and err == "" and [r["method"] for r in rows] == ["sgd", "sam", "at"]
+    for row in rows:
+        assert list(row) == ["method", "step_s", "images_per_s", "ratio_to_sgd", "peak_mb", "share_of_matmul_rate"]
+        assert row["images_per_s"] == pytest.approx(16 / row["step_s"]) and row["peak_mb"] > 1
+        assert 0 < row["share_of_matmul_rate"] < 1.5
+        assert row["ratio_to_sgd"] == pytest.approx(row["step_s"] / rows[0]["step_s"])
+        assert re.search(rf"^{row['method']} +\d+ F .*{row['images_per_s']:.0f}", out, re.M)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -719,6 +830,7 @@ def test_robust_accuracy_falls_as_eps_grows_and_stays_below_clean(seed, norm):
 def test_dropping_fooled_images_changes_no_figure(seed, norm, eps, steps):
     """The same as attacking every image to the end and asking whether any iterate fooled the model."""
     model, (x, y) = tiny_net(seed).eval(), batch(40, seed=seed)
+    x = x.round()  # on the border of [0,1]
     y = model(x).argmax(1)
     standing = sam_at.withstands(model, x, y, eps, steps=steps, norm=norm, generator=torch.Generator().manual_seed(seed))
     delta = sam_at.clip(x, sam_at.random_delta(x, eps, norm, torch.Generator().manual_seed(seed)))
@@ -726,6 +838,7 @@ def test_dropping_fooled_images_changes_no_figure(seed, norm, eps, steps):
     for _ in range(steps + 1):
         fooled |= model(x + delta).argmax(1) != y
         delta, _ = sam_at.pgd_step(model, x, y, delta, eps, eps / 4, norm)
+        assert (x + delta).min() > -1e-6 and (x + delta).max() < 1 + 1e-6  # every iterate is an image
     assert standing.tolist() == (~fooled).nonzero().flatten().tolist()
 
 
