@@ -19,12 +19,14 @@ sees an attacked image, still gains robustness, and unlike AT does so without lo
     python sam_at.py --help                   everything else
 
 Read from the top: 1 input space, 2 weight space, 3 the three training steps, 4 networks, 5 data, 6 the training
-loop, 7 evaluation. What follows can wait: 8 where the data comes from, 9 what a step costs, 10 the command line.
+loop, 7 evaluation. What follows can wait: 8 where the data comes from, 9 what a step costs,
+10 runs that can be repeated, 11 the report, 12 the command line.
 
 Units everywhere: pixels are in [0,1], eps and delta in the same unit (so 8/255, not 8), rho in the unit of the
 weights. x: float images (N, C, H, W) or any (N, ...). y: integer labels (N,). logits: (N, classes).
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -35,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 import torch
@@ -376,15 +378,15 @@ def make_optimizer(model, lr, epochs):
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
 
-def train(model, data, step, *, epochs, batch_size, lr, on_batch=lambda epoch, done, total: None):
+def train(model, data, step, optimizer, schedule, *, epochs, batch_size, on_batch=lambda epoch, done, total: None):
     """Train in place with step(model, x, y, optimizer) -> (loss, logits), one of section 3 with its radius filled in.
+    It goes on where the schedule stands, up to `epochs`.
 
     A generator: yields one row an epoch, {"epoch", "lr", "loss", "accuracy", "seconds"}, where loss and accuracy (in
     percent) are those of the training images as the step saw them. Randomness comes from torch's global generator.
     Raises Diverged when loss or weights are no longer finite.
     """
-    optimizer, schedule = make_optimizer(model, lr, epochs)
-    for epoch in range(1, epochs + 1):
+    for epoch in range(schedule.last_epoch + 1, epochs + 1):
         start = time.perf_counter()
         model.train()
         loss_sum = correct = 0
@@ -415,35 +417,36 @@ class Diverged(Exception):
 ATTACKS = "linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255"  # the papers' four, each PGD-10 with step eps/4
 
 
-def withstands(model, x, y, eps, *, steps, norm, generator=None):
-    """Indices of the images that no iterate of PGD from a random start ever fooled.
+def withstands(model, x, y, eps, *, steps, norm, step_size=None, random_start=True, generator=None):
+    """Indices of the images that no iterate of the attack ever fooled (the arguments are those of pgd).
 
     Robust accuracy asks only whether an image was ever fooled, so a fooled one is attacked no further.
     """
+    step_size = eps / 4 if step_size is None else step_size
     standing = torch.arange(len(x), device=x.device)
-    delta = clip(x, random_delta(x, eps, norm, generator))
+    delta = clip(x, random_delta(x, eps, norm, generator)) if random_start else torch.zeros_like(x)
     with frozen_weights(model):  # saves memory and a third of the time
         for _ in range(steps + 1):  # the last pass only looks at what the last step made
-            delta, logits = pgd_step(model, x, y, delta, eps, eps / 4, norm)
-            still = logits.argmax(1) == y
-            x, y, delta, standing = x[still], y[still], delta[still], standing[still]
             if not len(standing):
                 break
+            delta, logits = pgd_step(model, x, y, delta, eps, step_size, norm)
+            still = logits.argmax(1) == y
+            x, y, delta, standing = x[still], y[still], delta[still], standing[still]
     return standing
 
 
-def evaluate(model, data, attacks=ATTACKS, *, steps=10, batch_size=500, seed=0):
+def evaluate(model, data, attacks=ATTACKS, *, steps=10, restarts=1, batch_size=500, seed=0):
     """Accuracy in percent over the whole of data = (x, y): {"clean": .., "robust": {attack: .., ...}}.
 
-    x        uint8 or float pixels in [0,1], (N, 3, 32, 32); attacks: names such as "linf 8/255" or "l2 0.5".
+    x        uint8, or float pixels in [0,1], (N, 3, 32, 32).   attacks: names like "linf 8/255", "l2 0.5", "fgsm 8/255".
     An image counts as robust if it is classified right and stays so at every iterate of PGD with `steps` steps of
-    eps/4 from a random start (seeded by `seed`). Runs in eval mode; puts the model's mode back. Raises ValueError
-    for an empty set, an attack it does not know, or logits that are not finite.
+    eps/4 from each of `restarts` random starts (seeded by `seed`). Runs in eval mode; puts the model's mode back.
+    Raises ValueError for an empty set, an attack it does not know, or logits that are not finite.
     """
     images, labels = data
     if not len(images):
         raise ValueError("no images to evaluate on")
-    attacks = {name: parse_attack(name) for name in attacks}
+    attacks = {name: {"steps": steps, "restarts": restarts, **parse_attack(name)} for name in attacks}
     generator = torch.Generator(images.device).manual_seed(seed)
     mode, clean, robust = model.training, 0, dict.fromkeys(attacks, 0)
     model.eval()
@@ -456,9 +459,13 @@ def evaluate(model, data, attacks=ATTACKS, *, steps=10, batch_size=500, seed=0):
                 raise ValueError("the model's logits are not finite")
             right = logits.argmax(1) == y
             clean += int(right.sum())
-            x, y = x[right], y[right]  # what is wrong already needs no attack
-            for name, (norm, eps) in attacks.items():
-                robust[name] += len(withstands(model, x, y, eps, steps=steps, norm=norm, generator=generator))
+            for name, attack in attacks.items():
+                x_left, y_left = x[right], y[right]  # what is wrong already needs no attack
+                for _ in range(attack["restarts"]):
+                    settings = {key: value for key, value in attack.items() if key != "restarts"}
+                    left = withstands(model, x_left, y_left, **settings, generator=generator)
+                    x_left, y_left = x_left[left], y_left[left]
+                robust[name] += len(x_left)
     finally:
         model.train(mode)
     n = len(images)
@@ -662,7 +669,424 @@ def device_name(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 10. The command line
+# 10. Runs: a folder each, with a record and a checkpoint. A run killed at any moment goes on as if it had not been.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def build(s, num_classes, statistics):
+    """The network that the settings name, on its device: (model, the same compiled if they say so)."""
+    torch.manual_seed(s.seed)  # every method starts from the same weights and meets the same batches
+    width = {} if s.width is None else {"width": s.width}
+    model = make_model(s.model, num_classes, statistics, **width).to(s.device)
+    model.bf16 = s.precision == "bf16"
+    return model, torch.compile(model, dynamic=False) if s.compile else model
+
+
+def sha256(tensors):
+    """Hexadecimal checksum of tensors, bit for bit."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        digest.update(t.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def settings_of(method, s, data):
+    """All that decides a run's weights. Two runs are the same run if these are the same."""
+    keys = {"sgd": [], "sam": ["rho"], "at": ["norm", "eps", "attack_steps"]}[method] + [
+        "dataset", "model", "width", "epochs", "batch_size", "lr", "precision", "compile", "seed"]
+    return {"method": method, **{key: getattr(s, key) for key in keys}, "device": s.device.type,
+            "classes": data.num_classes, "data_sha256": sha256([data.x, data.y, data.x_test, data.y_test])}
+
+
+def label_of(settings):
+    """"sgd", "sam rho 0.2" or "at linf 8/255"."""
+    if settings["method"] == "sam":
+        return f"sam rho {settings['rho']:g}"
+    return f"at {settings['norm']} {show_radius(settings['eps'])}" if settings["method"] == "at" else settings["method"]
+
+
+def name_of(settings):
+    """The run's folder: readable, and different for different settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    label = label_of(settings).replace(" ", "-").replace("/", "_")
+    return f"{settings['dataset']}-{settings['model']}-{label}-seed{settings['seed']}-{digest}"
+
+
+def write_whole(path, content):
+    """Write text, bytes or a checkpoint whole or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    if isinstance(content, str):
+        part.write_text(content)
+    else:
+        torch.save(content, part)
+    os.replace(part, path)
+
+
+def load_checkpoint(path, settings=None):
+    """A checkpoint that run_method wrote (for these settings). Raises BadInput for anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if set(state) != {"settings", "statistics", "log", "model", "optimizer", "schedule", "rng"}:
+            raise ValueError("its keys are others")
+        if settings not in (None, state["settings"]):
+            raise ValueError("it belongs to other settings")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such checkpoint") from None
+    except Exception as error:  # cut short, or no archive, or not ours: torch has a class for each
+        raise BadInput(f"{path}: not a checkpoint of this run ({first_line(error)}); "
+                       "move it away, or start over with --fresh") from None
+    return state
+
+
+def load_record(path):
+    """A run's record as a dict. Raises BadInput if it cannot be read."""
+    try:
+        record = json.loads(Path(path).read_text())
+        return {"finished": record["finished"], "settings": record["settings"], **record}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BadInput(f"{path}: not a record of this program; move it away, or start over with --fresh") from None
+
+
+def save_record(folder, record):
+    """The record and, for a spreadsheet, its epochs. Both can be made again from the checkpoint."""
+    lines = [record["log"][0], *(row.values() for row in record["log"])]  # a row's keys are the header
+    write_whole(folder / "epochs.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
+    write_whole(folder / "record.json", json.dumps(record, indent=1) + "\n")
+
+
+def random_states(device, states=None):
+    """Torch's random states, read or set: [CPU's, and the device's]."""
+    devices = [torch] + {"cuda": [torch.cuda], "mps": [torch.mps]}.get(device.type, [])
+    if states:
+        for d, state in zip(devices, states):
+            d.set_rng_state(state)
+    return [d.get_rng_state() for d in devices]
+
+
+def run_method(method, s, data):
+    """Train one network with one method, or go on with it, and attack it. Prints its progress, returns its record."""
+    settings = settings_of(method, s, data)
+    folder, label = Path(s.runs) / name_of(settings), label_of(settings)
+    record_file, checkpoint = folder / "record.json", folder / "checkpoint.pt"
+    if s.fresh:
+        for path in record_file, checkpoint, folder / "epochs.csv":
+            path.unlink(missing_ok=True)
+    attack = {"attacks": s.attacks, "steps": s.eval_steps, "restarts": s.restarts}
+    if record_file.exists():
+        record = load_record(record_file)
+        if record["finished"] and record["evaluation"] == attack:
+            print(f"{label}  finished before; reported from {record_file} (--fresh trains again)", flush=True)
+            return record
+    state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
+
+    model, fast = build(s, data.num_classes, data.statistics)
+    optimizer, schedule = make_optimizer(model, s.lr, s.epochs)
+    log = state["log"] if state else []
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        random_states(s.device, state["rng"])
+        print(f"{label}  goes on after epoch {len(log)}/{s.epochs}, from {checkpoint}", flush=True)
+    record = {"name": folder.name, "settings": settings, "command": command_of(settings), "data": data.source,
+              "test_images": len(data.x_test), "machine": device_name(s.device), "torch": torch.__version__, "log": log,
+              "finished": False}
+    folder.mkdir(parents=True, exist_ok=True)
+    terminal = sys.stdout.isatty()
+
+    def on_batch(epoch, done, total):
+        if terminal:
+            print(f"{label}  epoch {epoch}/{s.epochs}  batch {done}/{total}", end="\r", flush=True)
+
+    for row in train(fast, data, STEPS[method](s), optimizer, schedule, epochs=s.epochs, batch_size=s.batch_size,
+                     on_batch=on_batch):
+        log.append(row)
+        write_whole(checkpoint, {  # first: what follows can be made again from it
+            "settings": settings, "statistics": data.statistics, "log": log, "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": random_states(s.device)})
+        save_record(folder, record)
+        left = sum(r["seconds"] for r in log) / len(log) * (s.epochs - len(log))
+        print(f"{label}  epoch {row['epoch']}/{s.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:5.1f}%  "
+              f"{len(data.x) / row['seconds']:.0f} images/s  {show_time(left)} left", flush=True)
+
+    test = data.x_test, data.y_test  # attacked on the plain model, not the compiled one: its batches shrink
+    record |= evaluate(model, test, s.attacks, steps=s.eval_steps, restarts=s.restarts, seed=s.seed)
+    record |= {"evaluation": attack, "warnings": doubts(model, test, s.attacks, s.eval_steps, s.restarts, s.seed),
+               "seconds": sum(r["seconds"] for r in log), "weights_sha256": sha256(model.state_dict().values()),
+               "date": time.strftime("%Y-%m-%d"), "finished": True}
+    save_record(folder, record)
+    return record
+
+
+def doubts(model, data, attacks, steps, restarts, seed, most=200):
+    """Reasons to doubt an evaluation, as sentences; the checks that Carlini et al. (2019) ask for.
+
+    On up to 200 of the images: five times the steps and a restart more must not fool over a point more, l-inf 1/2 (any
+    image can become grey) must reach chance, and one step must not fool over a point more than many.
+    """
+    every = range(0, len(data[0]), -(-len(data[0]) // most))
+    data = tuple(t[list(every)] for t in data)
+    chance, found = 100 * float(data[1].bincount().max()) / len(data[1]), []
+    run = partial(evaluate, model, data, seed=seed)
+    names = [name for name in attacks if not name.startswith("fgsm")]
+    largest = {parse_attack(name)["norm"]: name for name in sorted(names, key=lambda name: parse_attack(name)["eps"])}
+    for norm, name in largest.items():
+        weak = run([name], steps=steps, restarts=restarts)["robust"][name]
+        strong = run([name], steps=5 * steps, restarts=restarts + 1)["robust"][name]
+        if weak - strong > 1:
+            found.append(f"{name}: {5 * steps} steps from {restarts + 1} starts lower {weak:.1f} to {strong:.1f}")
+        fast = f"fgsm {name.split()[1]}"
+        if norm == "linf" and weak - (one := run([fast])["robust"][fast]) > 1:
+            found.append(f"{name}: one step lowers it to {one:.1f}, {steps} to {weak:.1f}; are the gradients masked?")
+    if (huge := run(["linf 0.5"], steps=max(steps, 10))["robust"]["linf 0.5"]) > chance:
+        found.append(f"linf 0.5 leaves {huge:.1f}, above chance ({chance:.1f}); are the gradients masked?")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 11. The report: RESULTS.md and pictures, from records alone
+# ---------------------------------------------------------------------------------------------------------------
+
+RECORDS = Path("results/records.jsonl")  # a line a run, kept with the report
+
+
+def command_of(settings):
+    """The command that makes a run, whatever the presets say."""
+    keys = ("dataset", "model", "width", "method", "rho", "eps", "norm", "attack_steps", "epochs", "batch_size", "lr",
+            "precision", "seed")
+    flags = {key: settings[key] for key in keys if settings.get(key) is not None}
+    if "eps" in flags:
+        flags["eps"] = show_radius(flags["eps"])
+    if settings["dataset"] == "folder":
+        flags["data_dir"] = "DIR"
+    return "python sam_at.py " + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items())
+
+
+def gather_records(runs):
+    """The kept records and those of the finished runs in the folder `runs`, which win; in a fixed order."""
+    kept = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+    found = [json.loads(line) for line in kept] + [load_record(path) for path in Path(runs).glob("*/record.json")]
+    records = {r["name"]: r for r in found if r["finished"]}.values()
+    if not records:
+        raise BadInput(f"no finished runs: neither in {runs} nor in {RECORDS}")
+
+    def place(r):
+        settings = r["settings"]
+        return (*map(str, setting_of(r)), list(STEPS).index(settings["method"]), settings.get("norm", ""),
+                settings.get("eps", 0), settings.get("rho", 0), settings["seed"], r["name"])
+
+    return sorted(records, key=place)
+
+
+def setting_of(record):
+    """What runs must share to stand in one table: data, network, recipe and evaluation."""
+    settings, keys = record["settings"], ("dataset", "data_sha256", "model", "width", "epochs", "batch_size", "lr")
+    return *(settings[key] for key in keys), json.dumps(record["evaluation"])
+
+
+def grouped(records, key=lambda r: label_of(r["settings"])):
+    """{key(record): [records]}, in the order of first appearance."""
+    groups = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups
+
+
+def mean_and_error(runs, attack):
+    """Accuracy in percent, "clean" or under an attack: mean over seeds, standard deviation, error of the mean.
+
+    The error is the larger of the seeds', deviation / sqrt(seeds), and the test set's, sqrt(a (1 - a) / images).
+    """
+    values = [r["clean"] if attack == "clean" else r["robust"][attack] for r in runs]
+    a, deviation = fmean(values), stdev(values) if len(values) > 1 else 0.0
+    return a, deviation, max(deviation / math.sqrt(len(values)), math.sqrt(a * (100 - a) / runs[0]["test_images"]))
+
+
+RULES = """\
+- **C1**, SAM alone is more robust than SGD and as accurate: some rho gains over two standard errors under every attack
+  and loses at most 0.5 clean.
+- **C2**, AT is the most robust and costs accuracy: the most robust AT gains over two standard errors on every SGD and
+  SAM row under every attack and loses over 0.5 clean against SGD.
+- **C3**, SAM is the gentler of two duals: mean robust accuracy rises from SGD over the best SAM to the best AT, clean
+  accuracy falls from that SAM to that AT.
+- **C4**, the closed form, and **C5**, breadth beyond the tables here, need runs that this report does not know yet.
+- **C6**, SAM is the cheap one: every SAM run trains faster than every AT run."""
+
+
+def verdicts(rows):
+    """[(claim, sentence)] for one table, by RULES; rows: {label: runs}."""
+    attacks = list(next(iter(rows.values()))[0]["robust"])
+    sgd, sam, at = ([label for label in rows if label.split()[0] == method] for method in STEPS)
+    robust = {label: fmean(mean_and_error(runs, a)[0] for a in attacks) for label, runs in rows.items()}
+    seconds = {label: fmean(r["seconds"] for r in runs) for label, runs in rows.items()}
+
+    def gain(a, b, attack="clean"):
+        (x, _, ex), (y, _, ey) = mean_and_error(rows[a], attack), mean_and_error(rows[b], attack)
+        return x - y, x - y > 2 * math.hypot(ex, ey)
+
+    def wins(a, b):
+        return sum(gain(a, b, attack)[1] for attack in attacks)
+
+    def verdict(holds, *facts):
+        return ("holds" if holds else "does not hold here") + f" ({'; '.join(facts)})"
+
+    n, found = len(attacks), dict.fromkeys(("C1", "C2", "C3", "C4", "C5", "C6"), "not run")
+    if sgd and sam:
+        found["C1"] = verdict(any(wins(a, "sgd") == n and gain(a, "sgd")[0] >= -0.5 for a in sam), *(
+            f"{a}: ahead under {wins(a, 'sgd')} of {n} attacks, mean robust {robust[a] - robust['sgd']:+.1f}, "
+            f"clean {gain(a, 'sgd')[0]:+.1f}" for a in sam))
+    if sgd and sam and at:
+        best, gentle = max(at, key=robust.get), max(sam, key=robust.get)
+        ahead, cost = min(wins(best, other) for other in sgd + sam), gain(best, "sgd")[0]
+        found["C2"] = verdict(ahead == n and cost < -0.5,
+                              f"{best}: ahead of every SGD and SAM row under {ahead} of {n} attacks, clean {cost:+.1f}")
+        found["C3"] = verdict(
+            robust["sgd"] < robust[gentle] < robust[best] and gain(gentle, best)[0] > 0,
+            "mean robust " + ", ".join(f"{a} {robust[a]:.1f}" for a in ("sgd", gentle, best)),
+            f"clean of {gentle} against {best} {gain(gentle, best)[0]:+.1f}")
+        found["C6"] = verdict(
+            max(seconds[a] for a in sam) < min(seconds[a] for a in at),
+            "training time over SGD's: " + ", ".join(f"{a} {seconds[a] / seconds['sgd']:.1f}" for a in sam + at))
+    return list(found.items())
+
+
+def report(records):
+    """RESULTS.md as text: for each data set, network and recipe among the records, a table, verdicts and commands."""
+    out = ["# Results", "", "Written by `python sam_at.py --report` from the records of finished runs; do not edit.",
+           "Accuracies are in percent: the mean over seeds, ± their standard deviation where there are several.", "",
+           "Rules of the verdicts; the error of a mean is the larger of the seeds' and the test set's:", "", RULES]
+    for runs in grouped(records, setting_of).values():
+        first, rows = runs[0], grouped(runs)
+        settings, attack, attacks = first["settings"], first["evaluation"], list(first["robust"])
+
+        def all_of(key, runs=runs):
+            return ", ".join(sorted({str(r.get(key) or r["settings"].get(key)) for r in runs}))
+
+        width = f" of width {settings['width']}" if settings["width"] else ""
+        out += ["", f"## {first['data']}; {settings['model']}{width}, {settings['epochs']} epochs", "",
+                f"Machine: {all_of('machine')}. Torch {all_of('torch')}, training in {all_of('precision')}, batch "
+                f"{settings['batch_size']}, learning rate {settings['lr']:g}. Run on {all_of('date')}. Attacks: "
+                f"PGD-{attack['steps']}, starts: {attack['restarts']}, test images: all {first['test_images']}.", "",
+                f"| method | seeds | clean | {' | '.join(attacks)} | train s |", "|---|---|---:|---:|" + "---:|" * len(attacks)]
+        for label, of_label in rows.items():
+            cells = [label, str(len(of_label))]
+            for mean, deviation, _ in (mean_and_error(of_label, name) for name in ("clean", *attacks)):
+                cells.append(f"{mean:.1f}" + (f" ± {deviation:.1f}" if len(of_label) > 1 else ""))
+            out.append(f"| {' | '.join(cells)} | {fmean(r['seconds'] for r in of_label):.1f} |")
+        out += ["", *(f"- **{claim}** {text}." for claim, text in verdicts(rows)), ""]
+        out += [f"- Doubt about {r['name']}: {doubt}." for r in runs for doubt in r["warnings"]]
+        out += ["", "Commands, for the first seed of each row:", "", "```"]
+        out += [*(of_label[0]["command"] for of_label in rows.values()), "```"]
+    return "\n".join(out) + "\n"
+
+
+def run_report(s):
+    """Write RESULTS.md, and keep the records that it came from."""
+    records = gather_records(s.runs)
+    RECORDS.parent.mkdir(exist_ok=True)
+    write_whole(RECORDS, "".join(json.dumps(r) + "\n" for r in records))
+    write_whole("RESULTS.md", report(records))
+    print(f"RESULTS.md and {RECORDS}: {len(records)} runs")
+    return records
+
+
+COLOURS = {"sgd": "#000000", "sam": "#0072B2", "at": "#D55E00"}  # Okabe and Ito (2008): apart for every kind of eye
+
+
+def run_pictures(s):
+    """Draw results/*.png from the records, and from the checkpoints that are there. Needs matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib import pyplot
+    except ImportError:
+        raise BadInput("pictures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "savefig.dpi": 110,
+                                "savefig.bbox": "tight"})
+    tables = grouped(gather_records(s.runs), setting_of)
+    RECORDS.parent.mkdir(exist_ok=True)
+    for runs in tables.values():
+        settings = runs[0]["settings"]
+        title = f"{runs[0]['data'].split(' (')[0]}, {settings['model']}, {settings['epochs']} epochs"
+        name = "-".join(str(settings[key]) for key in ("dataset", "model", "width", "epochs") if settings[key])
+        for draw in draw_tradeoff, draw_curves, draw_attacked:
+            if figure := draw(s, runs):
+                figure.suptitle(title)
+                path = RECORDS.parent / f"{draw.__name__.removeprefix('draw_')}-{name}.png"
+                figure.savefig(path)
+                pyplot.close(figure)
+                print(path)
+    return []
+
+
+def draw_tradeoff(s, runs):
+    """Clean against robust accuracy, a panel for each attack, a point for each run, its radius beside it."""
+    from matplotlib import pyplot as plt
+    attacks = list(runs[0]["robust"])
+    figure, axes = plt.subplots(1, len(attacks), figsize=(3.2 * len(attacks), 3.6), sharey=True, squeeze=False)
+    for axis, attack in zip(axes[0], attacks):
+        for label, of_label in grouped(runs).items():
+            method, _, radius = label.partition(" ")
+            x, y = [r["robust"][attack] for r in of_label], [r["clean"] for r in of_label]
+            axis.scatter(x, y, s=25, color=COLOURS[method])
+            axis.annotate(radius, (fmean(x), fmean(y)), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        axis.set(xlabel=f"accuracy under {attack}, %")
+    axes[0][0].set(ylabel="clean accuracy, %")
+    handles = [plt.Line2D([], [], marker="o", ls="", color=COLOURS[m], label=m.upper()) for m in STEPS]
+    axes[0][0].legend(handles=handles, fontsize=8)
+    return figure
+
+
+def draw_curves(s, runs):
+    """Training loss and accuracy by epoch, the first seed of each row; paler lines are larger radii."""
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    rows = grouped(runs)
+    for label, of_label in rows.items():
+        method = label.split()[0]
+        alike = [other for other in rows if other.split()[0] == method]
+        for axis, quantity, unit in zip(axes, ("loss", "accuracy"), ("nats", "%")):
+            epochs, values = zip(*((row["epoch"], row[quantity]) for row in of_label[0]["log"]))
+            paler = 1 - 0.7 * alike.index(label) / len(alike)
+            axis.plot(epochs, values, color=COLOURS[method], alpha=paler, label=label)
+            axis.set(xlabel="epoch", ylabel=f"training {quantity}, {unit}")
+    axes[1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_attacked(s, runs, eps=8 / 255, shown=4):
+    """Images, and for one model of each method that left a checkpoint: attacked, and delta enlarged. Or None."""
+    from matplotlib import pyplot as plt
+    settings, found = runs[0]["settings"], {}
+    for r in runs:
+        if (path := Path(s.runs) / r["name"] / "checkpoint.pt").exists():
+            found.setdefault(r["settings"]["method"], path)
+    if not found or (settings["dataset"] == "folder" and not s.data_dir_given):
+        return None
+    data = load_data(settings["dataset"], s.data_dir)
+    pick = torch.arange(shown) * (len(data.x_test) // shown)
+    x, y = to_pixels(data.x_test[pick]), data.y_test[pick]
+    columns = [("image", x)]
+    for path in found.values():
+        state = load_checkpoint(path)
+        width = {} if settings["width"] is None else {"width": settings["width"]}
+        model = make_model(settings["model"], data.num_classes, state["statistics"], **width).eval()
+        model.load_state_dict(state["model"])
+        x_adv = pgd(model, x, y, eps, random_start=False)
+        columns += [(f"{label_of(state['settings'])},\nattacked", x_adv),
+                    (f"its delta,\nx {0.5 / eps:.0f}", (0.5 + (x_adv - x) / (2 * eps)).clamp(0, 1))]
+    figure, axes = plt.subplots(shown, len(columns), figsize=(1.6 * len(columns), 1.6 * shown + 0.8))
+    for j, (name, images) in enumerate(columns):
+        axes[0][j].set_title(name, fontsize=9)
+        for axis, image in zip(axes[:, j], images):
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.set_axis_off()
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 12. The command line
 # ---------------------------------------------------------------------------------------------------------------
 
 PRESETS = {  # every setting that differs between the two
@@ -677,11 +1101,14 @@ STEPS = {  # method -> its step, with the radius filled in from the settings
 
 
 def parse_attack(name):
-    """"linf 8/255" -> ("linf", 0.0314). Raises ValueError."""
-    norm, _, radius = name.partition(" ")
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"unknown attack {name!r}: expected a norm and a radius, such as 'linf 8/255' or 'l2 32/255'")
-    return norm, parse_radius(radius)
+    """"linf 8/255" -> {"norm": "linf", "eps": 0.0314}; "fgsm" is "fgsm 8/255", one full step. Raises ValueError."""
+    kind, _, radius = name.partition(" ")
+    if kind == "fgsm":
+        eps = parse_radius(radius or "8/255")
+        return {"norm": "linf", "eps": eps, "steps": 1, "step_size": eps, "random_start": False, "restarts": 1}
+    if kind not in ("linf", "l2"):
+        raise ValueError(f"unknown attack {name!r}: expected 'linf 8/255', 'l2 32/255' or 'fgsm 8/255', with a radius")
+    return {"norm": kind, "eps": parse_radius(radius)}
 
 
 def parse_radius(text):
@@ -714,12 +1141,15 @@ def number(kind, low, *, strict=False):
     return parse
 
 
-def radius(text):
-    """An argparse type: parse_radius, with its message."""
-    try:
-        return parse_radius(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def checked(parse, keep=False):
+    """An argparse type: what parse makes of the text, or the text itself, with the message of parse where it fails."""
+    def check(text):
+        try:
+            value = parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text if keep else value
+    return check
 
 
 def show_radius(eps):
@@ -739,13 +1169,23 @@ def parse_args(argv):
     flag("--benchmark", action="store_true", help="time a step of each method instead: what SAM and AT cost here")
     flag("--seed", type=number(int, 0), default=0, help="of weights, batches and attacks (default: 0)")
     flag("--device", help="cpu, cuda, cuda:N or mps (default: cuda where it is there, otherwise cpu)")
+    flag("--eval", metavar="CHECKPOINT", help="attack the model in runs/NAME/checkpoint.pt instead of training one")
+    flag("--report", action="store_true", help="write RESULTS.md from the records of runs and of results/records.jsonl")
+    flag("--pictures", action="store_true", help="draw results/*.png from the same records (needs matplotlib)")
+    flag("--runs", metavar="DIR", default="runs", help="where the runs' folders go (default: runs)")
+    flag("--fresh", action="store_true", help="start over, where the same command would go on or report a finished run")
     flag("--json", metavar="FILE", help="write the final table there, as a list of rows")
     flag = parser.add_argument_group("radii (pixels are in [0,1])").add_argument
     flag("--rho", type=number(float, 0), default=0.2, help="SAM's radius in weight space (default: 0.2)")
-    flag("--eps", type=radius, help="AT's radius in input space, as 8/255 or 0.03 "
+    flag("--eps", type=checked(parse_radius), help="AT's radius in input space, as 8/255 or 0.03 "
          "(default: preset demo: 4/255, paper: 8/255; 128/255 with --norm l2)")
     flag("--norm", choices=["linf", "l2"], default="linf", help="AT's norm (default: linf)")
     flag("--attack-steps", type=number(int, 1), default=5, help="AT's attack steps, each of eps/4 (default: 5)")
+    flag = parser.add_argument_group("evaluation").add_argument
+    flag("--attacks", nargs="+", type=checked(parse_attack, keep=True), default=list(ATTACKS), metavar="ATTACK",
+         help=f"'linf EPS', 'l2 EPS' or 'fgsm EPS' (default: {', '.join(ATTACKS)})")
+    flag("--eval-steps", type=number(int, 1), default=10, help="PGD steps, each of eps/4 (default: 10)")
+    flag("--restarts", type=number(int, 1), default=1, help="random starts; an image must withstand all (default: 1)")
     flag = parser.add_argument_group("data and network").add_argument
     flag("--dataset", choices=["demo", "cifar10", "cifar100", "folder"],
          help="(default: preset demo: demo, paper: cifar10)")
@@ -766,13 +1206,15 @@ def parse_args(argv):
     s = parser.parse_args(argv)
     s.preset_given = s.preset is not None
     s.preset = s.preset or ("paper" if torch.cuda.is_available() else "demo")
-    for key, value in PRESETS[s.preset].items():
-        if getattr(s, key) is None:
-            setattr(s, key, value[s.norm] if key == "eps" else value)
+    defaults = PRESETS[s.preset] | (load_checkpoint(s.eval)["settings"] if s.eval else {})
+    for key, value in defaults.items():
+        if getattr(s, key, 0) is None:
+            setattr(s, key, value[s.norm] if isinstance(value, dict) else value)
     s.method = list(dict.fromkeys(s.method))
     s.device = parse_device(s.device)
     if s.dataset == "folder" and not s.data_dir:
         raise BadInput("--dataset folder needs --data-dir DIR")
+    s.data_dir_given = s.data_dir is not None
     s.data_dir = s.data_dir or "data"
     if s.compile is None:  # compiling takes a minute or two; on the CPU it gained nothing (1.08 s a step either way)
         s.compile = s.device.type == "cuda" and s.epochs >= 20 and not s.benchmark
@@ -781,6 +1223,9 @@ def parse_args(argv):
     s.precision = ("bf16" if has_bf16(s.device) else "fp32") if s.precision == "auto" else s.precision
     if s.json:
         check_json(Path(s.json))
+    above = next(p for p in (Path(s.runs), *Path(s.runs).absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise BadInput(f"--runs {s.runs}: cannot write there")
     return s
 
 
@@ -817,56 +1262,21 @@ def check_json(path):
         raise BadInput(f"--json {path}: this file is there, and --json did not write it; name another")
 
 
-def write_whole(path, text):
-    """Write a file whole or not at all."""
-    part = Path(f"{path}.part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def build(s, num_classes, statistics):
-    """The network that the settings name, on its device: (model, the same compiled if they say so)."""
-    torch.manual_seed(s.seed)  # every method starts from the same weights and meets the same batches
-    width = {} if s.width is None else {"width": s.width}
-    model = make_model(s.model, num_classes, statistics, **width).to(s.device)
-    model.bf16 = s.precision == "bf16"
-    return model, torch.compile(model, dynamic=False) if s.compile else model
-
-
-def run_method(method, s, data):
-    """Train one network with one method and attack it; prints its progress, returns its row of the table."""
-    model, fast = build(s, data.num_classes, data.statistics)
-    label = method + {"sgd": "", "sam": f" rho {s.rho:g}", "at": f" {s.norm} {show_radius(s.eps)}"}[method]
-    terminal, start = sys.stdout.isatty(), time.perf_counter()
-
-    def on_batch(epoch, done, total):
-        if terminal:
-            print(f"{label}  epoch {epoch}/{s.epochs}  batch {done}/{total}", end="\r", flush=True)
-
-    step = STEPS[method](s)
-    for row in train(fast, data, step, epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, on_batch=on_batch):
-        left = (time.perf_counter() - start) / row["epoch"] * (s.epochs - row["epoch"])
-        print(f"{label}  epoch {row['epoch']}/{s.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:5.1f}%  "
-              f"{len(data.x) / row['seconds']:.0f} images/s  {show_time(left)} left", flush=True)
-    seconds = time.perf_counter() - start
-    result = evaluate(model, (data.x_test, data.y_test), seed=s.seed)  # not the compiled one: its batches shrink
-    return {"method": method, **result, "seconds": seconds}
-
-
 def show_time(seconds):
     m, s = divmod(round(seconds), 60)
     return f"{m // 60}h{m % 60:02d}m" if m >= 60 else f"{m}m{s:02d}s"
 
 
-def show_table(rows):
-    """Method, clean and robust accuracy, training time and its ratio to SGD's, as aligned text."""
+def show_results(rows, attack):
+    """The table that a run ends with, as text: accuracies, training time and its ratio to SGD's, warnings."""
     base = next((r["seconds"] for r in rows if r["method"] == "sgd"), None)
     cells = [["method", "clean", *rows[0]["robust"], "train time", "x SGD"]]
     for r in rows:
-        ratio = f"{r['seconds'] / base:.1f}" if base else "-"
         accuracies = (f"{a:.1f}" for a in (r["clean"], *r["robust"].values()))
+        ratio = f"{r['seconds'] / base:.1f}" if base else "-"
         cells.append([r["method"], *accuracies, f"{r['seconds']:.1f} s", ratio])
-    return align(cells)
+    restarts = f", best of {attack['restarts']} starts" if attack["restarts"] > 1 else ""
+    print(f"\naccuracy in percent, clean and under PGD-{attack['steps']}{restarts}\n" + align(cells))
 
 
 def align(cells):
@@ -885,8 +1295,32 @@ def run_training(s):
         raise BadInput(f"--batch-size {s.batch_size} is larger than the {len(data.x)} training images")
     print(f"data: {data.source}; network: {s.model}; device: {s.device}, {s.precision}", flush=True)
     data = data._replace(**{k: getattr(data, k).to(s.device) for k in ("x", "y", "x_test", "y_test")})
-    rows = [run_method(method, s, data) for method in s.method]
-    print(f"\naccuracy in percent on {len(data.x_test)} test images, clean and under PGD-10\n" + show_table(rows))
+    records = [run_method(method, s, data) for method in s.method]
+    rows = [{"method": r["settings"]["method"], "clean": r["clean"], "robust": r["robust"], "seconds": r["seconds"]}
+            for r in records]
+    show_results(rows, {"steps": s.eval_steps, "restarts": s.restarts})
+    for r in records:
+        for doubt in r["warnings"]:
+            print(f"warning: {r['settings']['method']}: {doubt}")
+    return rows
+
+
+def run_eval(s):
+    """Attack saved models; print a table and return its rows."""
+    state = load_checkpoint(s.eval)
+    data = load_data(s.dataset, s.data_dir)
+    if data.num_classes != state["settings"]["classes"]:
+        raise BadInput(f"{s.eval} tells {state['settings']['classes']} classes apart, the data has {data.num_classes}")
+    model, _ = build(s, data.num_classes, state["statistics"])
+    model.load_state_dict(state["model"])
+    print(f"{s.eval}: {label_of(state['settings'])} after {len(state['log'])} epochs; data: {data.source}", flush=True)
+    test = data.x_test.to(s.device), data.y_test.to(s.device)
+    result = evaluate(model, test, s.attacks, steps=s.eval_steps, restarts=s.restarts, seed=s.seed)
+    seconds = sum(row["seconds"] for row in state["log"])
+    rows = [{"method": state["settings"]["method"], **result, "seconds": seconds}]
+    show_results(rows, {"steps": s.eval_steps, "restarts": s.restarts})
+    for doubt in doubts(model, test, s.attacks, s.eval_steps, s.restarts, s.seed):
+        print(f"warning: {doubt}")
     return rows
 
 
@@ -894,14 +1328,15 @@ def main(argv=None):
     """The command line. Returns the exit code: 0, 2 after one line about bad input, 130 after Ctrl-C."""
     try:
         s = parse_args(argv)
-        rows = run_benchmark(s) if s.benchmark else run_training(s)
+        modes = {s.benchmark: run_benchmark, s.report: run_report, s.pictures: run_pictures, bool(s.eval): run_eval}
+        rows = modes.get(True, run_training)(s)
         if s.json:
             write_whole(s.json, json.dumps(rows, indent=1) + "\n")
     except (BadInput, Diverged) as error:
         print(f"sam_at.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("sam_at.py: interrupted", file=sys.stderr)
+        print("sam_at.py: interrupted; the same command goes on after the last whole epoch", file=sys.stderr)
         return 130
     except SystemExit as stop:  # argparse, after --help
         return stop.code or 0

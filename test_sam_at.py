@@ -2,10 +2,13 @@
 import io
 import json
 import math
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,14 @@ import sam_at
 settings.register_profile("repeatable", deadline=None, max_examples=25, derandomize=True,
                           suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("repeatable")
+
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path_factory, monkeypatch):
+    """Each test in an empty folder of its own: that is where runs/ goes."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
 
 seeds = st.integers(0, 10_000)
 norms = st.sampled_from(["linf", "l2"])
@@ -635,7 +646,7 @@ def test_every_method_learns_a_tiny_set_by_heart(step):
     torch.manual_seed(0)
     data = tiny_data(24, size=32)
     model = sam_at.make_model("small", 3, data.statistics, width=8)
-    rows = list(sam_at.train(model, data, step, epochs=25, batch_size=8, lr=0.05))
+    rows = list(sam_at.train(model, data, step, *sam_at.make_optimizer(model, 0.05, 25), epochs=25, batch_size=8))
     assert [r["epoch"] for r in rows] == list(range(1, 26)) and rows[-1]["accuracy"] == 100
     assert rows[-1]["loss"] < rows[0]["loss"] / 5
     assert sam_at.evaluate(model, (data.x, data.y), ())["clean"] == 100
@@ -653,7 +664,7 @@ def test_an_epoch_meets_every_image_once_and_averages_over_all(seed, n, batch_si
         optimizer.step()
         return torch.tensor(float(len(y))), F.one_hot(torch.zeros_like(y), 3).float()
 
-    row, = sam_at.train(tiny_net(), data, step, epochs=1, batch_size=batch_size, lr=0.1)
+    row, = sam_at.train(tiny_net(), data, step, *sam_at.make_optimizer(tiny_net(), 0.1, 1), epochs=1, batch_size=batch_size)
     key = sorted(tuple(image.flatten().tolist()) for image in met)
     assert key == sorted(tuple(image.flatten().tolist()) for image in sam_at.to_pixels(data.x))
     sizes = [min(batch_size, n - i) for i in range(0, n, batch_size)]
@@ -669,7 +680,8 @@ def test_same_seed_same_weights(seed, step, augment):
         torch.manual_seed(s)
         model = tiny_net(0)
         torch.manual_seed(s)
-        list(sam_at.train(model, tiny_data()._replace(augment=augment), step, epochs=2, batch_size=7, lr=0.1))
+        list(sam_at.train(model, tiny_data()._replace(augment=augment), step, *sam_at.make_optimizer(model, 0.1, 2),
+                          epochs=2, batch_size=7))
         results.append(weights_of(model))
     assert same_bits(results[0], results[1]) and not same_bits(results[0], results[2])
 
@@ -677,7 +689,8 @@ def test_same_seed_same_weights(seed, step, augment):
 @pytest.mark.parametrize("lr", [1e20, math.inf])
 def test_divergence_names_the_epoch(lr):
     with pytest.raises(sam_at.Diverged, match="epoch 1"):
-        list(sam_at.train(tiny_net(), tiny_data(), sam_at.sgd_step, epochs=3, batch_size=8, lr=lr))
+        model = tiny_net()
+        list(sam_at.train(model, tiny_data(), sam_at.sgd_step, *sam_at.make_optimizer(model, lr, 3), epochs=3, batch_size=8))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -732,8 +745,9 @@ class Watch(TorchDispatchMode):
 def test_an_epoch_waits_for_the_device_only_at_its_end(step, augment):
     waits = []
     for batch_size in 24, 4:
+        model, data = tiny_net(), tiny_data()._replace(augment=augment)
         with Watch() as watch:
-            list(sam_at.train(tiny_net(), tiny_data()._replace(augment=augment), step, epochs=1, batch_size=batch_size, lr=0.1))
+            list(sam_at.train(model, data, step, *sam_at.make_optimizer(model, 0.1, 1), epochs=1, batch_size=batch_size))
         waits.append(watch.waits)
     assert waits[0] == waits[1]
 
@@ -862,7 +876,7 @@ def test_evaluation_counts_the_whole_set_and_touches_nothing(seed, batch_size, t
     assert result["clean"] == pytest.approx(100 * float(right))
 
 
-@pytest.mark.parametrize("wrong", ["linf", "linf 8", "l1 0.1", "linf 0", "linf -1/255", "linf 1/0", "", "pgd 1/255"])
+@pytest.mark.parametrize("wrong", ["linf", "linf 8", "fgsm 8", "l1 0.1", "linf 0", "linf -1/255", "linf 1/0", "", "pgd 1/255"])
 def test_evaluate_refuses_an_attack_it_does_not_know(wrong):
     with pytest.raises(ValueError):
         sam_at.evaluate(tiny_net(), batch(3), [wrong])
@@ -873,6 +887,299 @@ def test_evaluate_refuses_nan_and_nothing():
         sam_at.evaluate(Hostile("nan"), batch(3))
     with pytest.raises(ValueError, match="no images"):
         sam_at.evaluate(tiny_net(), (torch.zeros(0, 3, 8, 8), torch.zeros(0).long()))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs: resume, records, attacks checked
+# ---------------------------------------------------------------------------------------------------------------
+
+
+RUN = ["--preset", "demo", "--method", "at", "--epochs", "3", "--batch-size", "7", "--width", "2", "--attacks", "linf 2/255",
+       "--eval-steps", "2", "--attack-steps", "1"]
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch):
+    monkeypatch.setattr(sam_at, "load_data", lambda *_: tiny_data(24, size=32)._replace(augment=True))
+
+
+def only_run(runs="runs"):
+    folder, = Path(runs).iterdir()
+    return folder
+
+
+def result_of(runs="runs"):
+    """What must not depend on interruptions: the record without times, and the weights and states in the checkpoint."""
+    folder = only_run(runs)
+    record = json.loads((folder / "record.json").read_text())
+    for part in (record, *record["log"]):
+        part.pop("seconds", None)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert [r["epoch"] for r in state["log"]] == [r["epoch"] for r in record["log"]]
+    header, *lines = (folder / "epochs.csv").read_text().splitlines()
+    assert header == "epoch,lr,loss,accuracy,seconds" and len(lines) == len(record["log"])
+    return record, [*state["model"].values(), *state["rng"]]
+
+
+def same_result(a, b):
+    return a[0] == b[0] and same_bits(a[1], b[1])
+
+
+@settings(max_examples=12)
+@given(crashes=st.lists(st.integers(0, 9), min_size=1, max_size=3), half_written=st.booleans())
+def test_a_run_that_crashes_at_any_write_ends_as_if_it_had_not(crashes, half_written, tiny_demo):
+    assert cli(*RUN, "--runs", "whole", "--fresh")[0] == 0
+    shutil.rmtree("broken", ignore_errors=True)
+    replace = sam_at.os.replace
+    for crash in crashes:
+        writes = iter(range(100))
+
+        def replace_or_die(part, path):
+            if next(writes) == crash:
+                if half_written:
+                    Path(part).write_bytes(Path(part).read_bytes()[:50])
+                raise SystemExit(9)
+            replace(part, path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sam_at.os, "replace", replace_or_die)
+            cli(*RUN, "--runs", "broken")
+    code, out, _ = cli(*RUN, "--runs", "broken")
+    assert code == 0 and same_result(result_of("whole"), result_of("broken"))
+
+
+def test_a_run_killed_three_times_ends_with_the_same_weights():
+    flags = ["--preset", "demo", "--method", "sam", "--epochs", "6", "--attacks", "linf 1/255", "--eval-steps", "1"]
+    command = [sys.executable, sam_at.__file__, *flags]
+    subprocess.run([*command, "--runs", "whole"], check=True, capture_output=True)
+    for kill in range(3):
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        for line in run.stdout:
+            if "images/s" in line:
+                time.sleep(random.Random(kill).uniform(0, 0.4))
+                run.kill()
+                break
+        assert run.wait() == -signal.SIGKILL
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert re.search(r"goes on after epoch [3-6]/6", done.stdout)
+    assert same_result(result_of("whole"), result_of())
+
+
+def test_a_finished_run_is_reported_and_fresh_trains_again(tiny_demo):
+    _, first, _ = cli(*RUN)
+    stamp = (only_run() / "checkpoint.pt").stat().st_mtime_ns
+    code, second, _ = cli(*RUN)
+    assert code == 0 and "finished before" in second and "images/s" not in second
+    assert first.splitlines()[-2:] == second.splitlines()[-2:] and (only_run() / "checkpoint.pt").stat().st_mtime_ns == stamp
+    code, third, _ = cli(*RUN, "--fresh")
+    assert code == 0 and third.count("images/s") == 3
+    code, fourth, _ = cli(*RUN[:RUN.index("--attacks")], "--attack-steps", 1, "--attacks", "l2 0.1", "fgsm")  # evaluates anew
+    assert code == 0 and "images/s" not in fourth and "fgsm" in fourth and "linf 2/255" not in fourth
+
+
+@settings(max_examples=6)
+@given(other=st.sampled_from([["--lr", "0.2"], ["--seed", "1"], ["--batch-size", "8"], ["--eps", "1/255"], ["--norm", "l2"],
+                        ["--epochs", "4"], ["--width", "3"], ["--method", "sgd"], ["--precision", "fp32"], ["--method", "sam"]]))
+def test_other_settings_are_another_run(other, tiny_demo):
+    shutil.rmtree("runs", ignore_errors=True)
+    cli(*RUN, "--precision", "bf16")
+    before = result_of()
+    folder = only_run()
+    code, out, _ = cli(*RUN, "--precision", "bf16", *other)
+    assert code == 0 and "goes on" not in out and "finished before" not in out and len(list(Path("runs").iterdir())) == 2
+    folder.rename("kept")
+    shutil.rmtree("runs")
+    Path("runs").mkdir()
+    Path("kept").rename(folder)
+    assert same_result(before, result_of())
+
+
+def test_other_data_is_another_run(monkeypatch):
+    for seed in 0, 1:
+        monkeypatch.setattr(sam_at, "load_data", lambda *_: tiny_data(24, seed=seed, size=32))
+        assert "finished before" not in cli(*RUN)[1]
+
+
+@pytest.mark.parametrize("name, content", [("checkpoint.pt", b"short"), ("checkpoint.pt", None), ("record.json", b"{"),
+                                           ("record.json", b"[1]"), ("checkpoint.pt", "foreign")])
+def test_a_broken_file_is_named_and_kept(name, content, tiny_demo):
+    cli(*RUN)
+    path = only_run() / name
+    if name == "checkpoint.pt":
+        (only_run() / "record.json").unlink()
+    if content == "foreign":
+        torch.save({"model": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(path.read_bytes()[:1000] if content is None else content)
+    broken = path.read_bytes()
+    code, _, err = cli(*RUN)
+    assert code == 2 and str(path) in err and "--fresh" in err and err.count("\n") == 1 and path.read_bytes() == broken
+    assert cli(*RUN, "--fresh")[0] == 0
+
+
+def test_a_checkpoint_of_another_run_is_not_taken_for_this_one(tiny_demo):
+    cli(*RUN)
+    cli(*RUN, "--seed", 1)
+    a, b = sorted(Path("runs").iterdir())
+    shutil.copy(a / "checkpoint.pt", b / "checkpoint.pt")
+    (b / "record.json").unlink()
+    code, _, err = cli(*RUN, "--seed", 1)
+    assert code == 2 and str(b / "checkpoint.pt") in err
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_demo, monkeypatch):
+    whole = cli(*RUN, "--runs", "whole")
+    save = sam_at.save_record
+
+    def interrupt(folder, record):
+        save(folder, record)
+        if len(record["log"]) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sam_at, "save_record", interrupt)
+    code, _, err = cli(*RUN)
+    assert code == 130 and err.count("\n") == 1 and "goes on" in err and whole[0] == 0
+    monkeypatch.setattr(sam_at, "save_record", save)
+    code, out, _ = cli(*RUN)
+    assert code == 0 and "goes on after epoch 2/3" in out and same_result(result_of("whole"), result_of())
+
+
+def test_a_record_says_all_that_it_takes_to_repeat_the_run(tiny_demo):
+    code, out, _ = cli(*RUN)
+    record = json.loads((only_run() / "record.json").read_text())
+    assert {"settings", "command", "data", "machine", "torch", "log", "clean", "robust", "seconds", "finished", "date",
+            "weights_sha256", "warnings", "evaluation", "test_images"} <= set(record)
+    assert record["settings"]["data_sha256"] == sam_at.sha256(sam_at.load_data()[:4])
+    state = torch.load(only_run() / "checkpoint.pt", weights_only=True)
+    assert record["weights_sha256"] == sam_at.sha256(state["model"].values())
+    again = record["command"].split()[2:] + RUN[RUN.index("--attacks"):RUN.index("--attack-steps")] + ["--runs", "again"]
+    assert cli(*again)[0] == 0 and same_result(result_of(), result_of("again"))
+
+
+def test_eval_attacks_a_saved_model(tiny_demo, tmp_path):
+    cli(*RUN, "--json", tmp_path / "a.json")
+    checkpoint = only_run() / "checkpoint.pt"
+    code, out, err = cli("--eval", checkpoint, "--attacks", "linf 2/255", "--eval-steps", 2, "--json", tmp_path / "b.json")
+    assert code == 0 and err == "" and json.loads((tmp_path / "a.json").read_text()) == json.loads((tmp_path / "b.json").read_text())
+    code, out, _ = cli("--eval", checkpoint, "--attacks", "fgsm", "fgsm 1/255", "l2 0.5", "--restarts", 3)
+    assert code == 0 and "best of 3" in out and "fgsm 1/255" in out
+
+
+@given(seeds, norms, st.integers(2, 4))
+def test_restarts_never_raise_robust_accuracy(seed, norm, restarts):
+    model, (x, y) = tiny_net(seed).eval(), batch(30, seed=seed)
+    name = f"{norm} 0.03"
+    once = sam_at.evaluate(model, (x, y), [name], steps=1)["robust"][name]
+    assert sam_at.evaluate(model, (x, y), [name], steps=1, restarts=restarts)["robust"][name] <= once
+
+
+@given(seeds, st.floats(0.005, 0.2))
+def test_evaluation_under_fgsm_is_fgsm(seed, eps):
+    model, (x, y) = tiny_net(seed).eval(), batch(30, seed=seed)
+    fooled = model(sam_at.fgsm(model, x, y, eps)).argmax(1) != y
+    right = (model(x).argmax(1) == y) & ~fooled
+    assert sam_at.evaluate(model, (x, y), [f"fgsm {eps}"])["robust"][f"fgsm {eps}"] == pytest.approx(100 * float(right.float().mean()))
+
+
+class Scored(nn.Module):
+    """Two classes, told apart by the sign of a score of the pixels (N, d)."""
+
+    def __init__(self, score):
+        super().__init__()
+        self.score = score
+
+    def forward(self, x):
+        z = self.score(x.flatten(1))
+        return torch.stack([z, torch.zeros_like(z)], 1)
+
+
+def wall(x):
+    """Rises towards x = 0.473, so that small steps climb back, and is broken beyond it, where one large step lands."""
+    m = x.mean(1)
+    return (m - 0.4735).abs() * 60 - 0.05 - 9 * (m < 0.47)
+
+
+@pytest.mark.parametrize("score, says", [
+    (lambda x: x.mean(1) - 0.45, None),                          # honest
+    (lambda x: (x.mean(1) - 0.45).sign(), "above chance"),       # no gradient at all
+    (lambda x: x.amax(1) - 0.49, "steps from"),                  # one pixel has a gradient at a time: takes many steps
+    (wall, "one step"),
+])
+def test_an_evaluation_that_looks_unreliable_is_called_so(score, says):
+    x, y = 0.5 + 0.002 * normal(100, 3, 2, 2, seed=0), torch.zeros(100, dtype=torch.int64)
+    y[:50], x[:50] = 1, x[:50] - 0.1  # the other class, far away
+    found = sam_at.doubts(Scored(score).eval(), (x, y), ["linf 8/255"], 10, 1, 0)
+    assert (not found) if says is None else any(says in doubt for doubt in found), found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------
+
+HERE = Path(sam_at.__file__).parent
+
+
+def test_results_regenerate_from_the_kept_records(monkeypatch, capsys):
+    if not (HERE / "RESULTS.md").exists():
+        pytest.fail("RESULTS.md is missing: run python sam_at.py --report")
+    Path("results").mkdir()
+    shutil.copy(HERE / "results" / "records.jsonl", "results")
+    assert cli("--report")[0] == 0
+    assert Path("RESULTS.md").read_text() == (HERE / "RESULTS.md").read_text()
+    assert Path("results/records.jsonl").read_text() == (HERE / "results" / "records.jsonl").read_text()
+
+
+def made_up(method, seed, clean, robust, seconds=10.0, **radius):
+    settings = {"method": method, **radius, "dataset": "demo", "data_sha256": "0", "model": "small", "width": None, "epochs": 1,
+                "batch_size": 1, "lr": 0.1, "precision": "fp32", "seed": seed}
+    return {"name": f"{method}{radius}{seed}", "settings": settings, "clean": clean, "robust": robust, "seconds": seconds,
+            "test_images": 10_000, "evaluation": {"steps": 10, "restarts": 1}, "warnings": [], "data": "made up", "date": "d",
+            "machine": "m", "torch": "t", "command": "c", "finished": True}
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=6))
+def test_table_figures_are_mean_and_deviation_over_seeds(values):
+    records = [made_up("sgd", seed, value, {"a": 100 - value}) for seed, value in enumerate(values)]
+    mean, deviation, error = sam_at.mean_and_error(records, "clean")
+    t = torch.tensor(values, dtype=torch.float64)
+    assert mean == pytest.approx(float(t.mean()), abs=1e-6)
+    assert deviation == pytest.approx(float(t.std()) if len(values) > 1 else 0, abs=1e-6)
+    assert error >= deviation / math.sqrt(len(values)) - 1e-9
+    cells = f"| sgd | {len(values)} | {mean:.1f}" + (f" ± {deviation:.1f}" if len(values) > 1 else "")
+    assert cells in sam_at.report(records)
+
+
+@given(st.floats(-30, 30), st.floats(-3, 3), st.floats(1, 40), st.floats(-3, 3))
+def test_verdicts_follow_their_rules(gain, clean, at_gain, at_clean):
+    """One seed, 10,000 images at about 50%: an error of 0.5 each, so two standard errors of a difference are 1.41."""
+    assume(all(abs(abs(v) - edge) > 0.1 for v in (gain, clean, at_gain, at_clean) for edge in (0, 0.5, 1.41)))
+    rows = {"sgd": [made_up("sgd", 0, 50.0, {"a": 40.0, "b": 40.0})],
+            "sam rho 1": [made_up("sam", 0, 50 + clean, {"a": 40 + gain, "b": 40 + gain}, 20.0, rho=1)],
+            "at linf 1/255": [made_up("at", 0, 50 + at_clean, {"a": 40 + gain + at_gain, "b": 40 + gain + at_gain}, 60.0)]}
+    (_, c1), (_, c2), (_, c3), (_, c4), (_, c5), (_, c6) = sam_at.verdicts(rows)
+    assert c1.startswith("holds") == (gain > 1.41 and clean > -0.5)
+    assert c2.startswith("holds") == (at_gain > 1.41 and gain + at_gain > 1.41 and at_clean < -0.5)
+    assert c3.startswith("holds") == (gain > 0 and clean > at_clean)
+    assert c4 == c5 == "not run" and c6.startswith("holds") and "sam rho 1 2.0, at linf 1/255 6.0" in c6
+    del rows["sam rho 1"]
+    assert all(text == "not run" for _, text in sam_at.verdicts(rows))
+
+
+def test_pictures_are_drawn_from_records_and_checkpoints(tiny_demo):
+    pytest.importorskip("matplotlib")
+    for method in "sgd", "sam", "at":
+        cli(*RUN, "--method", method)
+    code, out, err = cli("--pictures")
+    assert code == 0 and err == ""
+    names = sorted(p.name for p in Path("results").iterdir())
+    assert names == [f"{kind}-demo-small-2-3.png" for kind in ("attacked", "curves", "tradeoff")]
+    assert all((Path("results") / name).stat().st_size > 5000 for name in names)
+
+
+def test_without_matplotlib_pictures_name_the_pip_command(tiny_demo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = cli("--pictures")
+    assert code == 2 and "pip install matplotlib" in err and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -923,6 +1230,11 @@ BAD = {  # arguments, and what the one line must speak of
     "json in no folder": (["--json", "no/where.json"], "no/where.json"),
     "unknown flag": (["--roh", "1"], "roh"),
     "abbreviation": (["--epoch", "1"], "epoch"),
+    "attack": (["--attacks", "linf 1/255", "l7 1/255"], "l7 1/255"),
+    "eval of nothing": (["--eval", "no.pt"], "no.pt"),
+    "report of nothing": (["--report"], "runs"),
+    "pictures of nothing": (["--pictures"], ""),
+    "runs on a file": (["--runs", sam_at.__file__ + "/runs"], "--runs"),
 }
 
 
@@ -1026,7 +1338,7 @@ def test_the_demo_end_to_end(tmp_path):
     table = json.loads((tmp_path / "a.json").read_text())
     check_demo(done.stdout, table, ["sgd", "sam", "at"])
     assert len(re.findall(r"epoch [12]/2 .*loss.*accuracy.*images/s.*left", done.stdout)) == 6
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "runs"]
     code, out, _ = cli("--preset", "demo", "--method", "sam", "--epochs", "2", "--json", tmp_path / "a.json")
     again, = json.loads((tmp_path / "a.json").read_text())  # the old table is replaced
     assert code == 0 and again | {"seconds": 0} == table[1] | {"seconds": 0}
