@@ -6,8 +6,8 @@ Two papers ask whether a network that is flat around its weights is also flat ar
 
 Standard training minimises the loss L(w; x, y) over the weights w. The other two put a maximum inside:
 
-    SAM   min_w  max_{|v|_2 <= rho}      L(w + v; x, y)           the worst weights near w
-    AT    min_w  max_{|delta|_p <= eps}  L(w; x + delta, y)       the worst input near x
+    SAM   min_w  max_{|v|_2 <= rho}      L(w + v; x, y)           the worst weights near w, one v for all images
+    AT    min_w  max_{|delta|_p <= eps}  L(w; x + delta, y)       the worst input near x, a delta for each image
 
 They are dual: the same maximum, once over weights and once over inputs. [1, 2] find that SAM, which never
 sees an attacked image, still gains robustness, and unlike AT does so without losing clean accuracy.
@@ -35,6 +35,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -44,16 +45,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Input space: the threat model and the attacks
+# == 1. Input space: the threat model and the attacks ===========================================================
 #
 #    An attacker may add any delta with |delta|_p <= eps, as long as x + delta is still an image in [0,1].
 #    PGD looks for the worst one: step along the loss gradient, project back onto the ball, repeat.
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def l2_norm(t):
-    """One l2 norm an image: (N, ...) -> (N, 1, ...)."""
+    """One l2 norm an image: (N, ...) -> (N, 1, ..., 1)."""
     return torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)), keepdim=True)
 
 
@@ -85,12 +84,36 @@ def random_delta(x, eps, norm, generator=None):
 
 
 def clip(x, delta):
-    """Shorten delta until x + delta is an image, with pixels in [0,1]. It stays in the ball, since x is an image."""
+    """Cut delta, pixel by pixel, so that x + delta lies in [0,1]. It stays in the ball, since x is an image."""
     return (x + delta).clamp(0, 1) - x
 
 
+@contextmanager
+def off(attribute, things):
+    """Inside, the attribute is False wherever it was True; afterwards it is True again."""
+    on = [thing for thing in things if getattr(thing, attribute, False)]
+    for thing in on:
+        setattr(thing, attribute, False)
+    try:
+        yield
+    finally:
+        for thing in on:
+            setattr(thing, attribute, True)
+
+
+def frozen_weights(model):
+    """Inside, no gradient is computed for the weights: an attack needs none, and they are a third of its cost."""
+    return off("requires_grad", model.parameters())
+
+
+def frozen_statistics(model):
+    """Inside, BatchNorm's running mean and variance are not updated. They are to describe the network that is kept,
+    on the images that it is trained on, not a perturbed network or a half-made attack."""
+    return off("track_running_stats", model.modules())
+
+
 def pgd_step(model, x, y, delta, eps, step_size, norm):
-    """One step of steepest ascent in the input:  delta <- P_eps(delta + step_size * g/|g|),  g = dL/ddelta.
+    """One step in the input:  delta <- P_eps(delta + step_size * s),  s the steepest direction of g = dL/ddelta.
 
     Returns the next delta, and the logits at the one that came in.
     """
@@ -109,9 +132,9 @@ def pgd(model, x, y, eps, *, steps=10, step_size=None, norm="linf", random_start
     x        (N, ...) pixels in [0,1]; y: (N,) labels. The model takes pixels: its normalisation is inside it.
     eps      radius in pixel units, for example 8/255; step_size defaults to eps/4, as in [1, 2].
     norm     "linf" or "l2".
-    Returns x_adv, shape and dtype of x, in [0,1] and within eps of x. An image whose gradient is zero or not
-    finite stays where it started. The model is only looked at: weights, .grad, running statistics and mode stay
-    as they were, and no weight gradient is computed (that would be a third of the cost, for nothing).
+    Returns x_adv, shape and dtype of x, in [0,1] and within eps of x. A pixel whose gradient is zero or not finite
+    does not move in that step. The model is only looked at: its weights, .grad, running statistics and mode stay as
+    they were, and no weight gradient is computed.
     Raises ValueError for an unknown norm or a negative eps or steps, TypeError for images that are not floats.
     """
     if norm not in ("linf", "l2"):
@@ -133,40 +156,13 @@ def fgsm(model, x, y, eps):
     return pgd(model, x, y, eps, steps=1, step_size=eps, random_start=False)
 
 
-@contextmanager
-def frozen_weights(model):
-    """Inside, no gradient is computed for the weights."""
-    weights = [w for w in model.parameters() if w.requires_grad]
-    for w in weights:
-        w.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for w in weights:
-            w.requires_grad_(True)
-
-
-@contextmanager
-def frozen_statistics(model):
-    """Inside, BatchNorm's running mean and variance stand still: they are to describe the network that is kept,
-    on the images that it is trained on, not a perturbed network or a half-made attack."""
-    norms = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
-    for m in norms:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in norms:
-            m.track_running_stats = True
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Weight space: SAM's ascent
+# == 2. Weight space: SAM's ascent ==============================================================================
 #
 #    The same maximum over the weights. SAM takes one step to the edge of the ball, to first order its worst point:
-#        AT   delta = eps * g/|g|, image by image,                  g = dL/dx, repeated and projected
-#        SAM  v     = rho * g/|g|, over all weights together,       g = dL/dw, once
-# ---------------------------------------------------------------------------------------------------------------
+#        AT   delta <- delta + step * steepest(g),  g = dL/dx, image by image, repeated and projected
+#        SAM  v     =  rho * g/|g|_2,               g = dL/dw, all weights and the whole batch together, once
+#    On a linear score the two moves are one: (w + v).x = w.(x + delta) with delta = (v.x) w/|w|^2. That is the duality
+#    in its simplest form: weights that may be wrong by v are inputs that may be wrong by delta.
 
 
 @contextmanager
@@ -195,12 +191,10 @@ def perturbed(weights, rho):
                 torch._foreach_copy_(weights, saved)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. The three training steps
+# == 3. The three training steps ================================================================================
 #
 #    Each is one update of the weights on one batch; they differ in where the gradient is taken.
-#    Each returns the loss (scalar) and the logits of its first pass over the batch, both detached.
-# ---------------------------------------------------------------------------------------------------------------
+#    Each returns the loss (scalar) and the logits of its first call of backward(), both detached.
 
 
 def backward(model, x, y):
@@ -240,9 +234,7 @@ def at_step(model, x, y, optimizer, eps, *, steps=5, step_size=None, norm="linf"
     return loss, logits
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. Networks
-# ---------------------------------------------------------------------------------------------------------------
+# == 4. Networks ================================================================================================
 
 
 class PreActBlock(nn.Module):
@@ -290,7 +282,7 @@ class Classifier(nn.Module):
     """logits = net((x - mean) / std).  The normalisation is inside, so that x, delta and eps are always in pixels.
 
     With bf16 = True, training multiplies in bfloat16 (the weights stay float32); evaluation never does, so that no
-    attack is weakened by rounding.
+    attack is weakened by rounding (on CUDA, see parse_args for TF32).
     """
 
     def __init__(self, net, mean, std):
@@ -301,30 +293,29 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         x = (x - self.mean) / self.std
-        # Autocast ends with the pass: it caches casts of the weights, and a cache kept over SAM's ascent would hide it.
+        # A block for each pass: autocast keeps its bf16 copies of the weights until the block ends, so that one block
+        # around both of SAM's passes would use the copies of w again at w + v.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and self.training):
             return self.net(x).to(x.dtype)
 
 
 MODELS = {"prn18": preact_resnet18, "small": small_cnn}
-CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # mean, std of the training pixels in [0,1]
+CIFAR10_MEAN_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # mean, std of the training pixels in [0,1]
 
 
-def make_model(name, num_classes, statistics=CIFAR10_STATISTICS, **settings):
+def make_model(name, num_classes, mean_std=CIFAR10_MEAN_STD, **settings):
     """A classifier of (N, 3, 32, 32) pixels in [0,1]: "prn18" (11,172,170 parameters at 10 classes) or "small".
 
-    statistics  (mean, std), three channels each, in pixel units.   settings: width, the channels of the first layer.
+    mean_std  (mean, std), three channels each, in pixel units.   settings: width, the channels of the first layer.
     Raises ValueError for an unknown name.
     """
     if name not in MODELS:
         raise ValueError(f"model is {name!r}: expected one of {', '.join(MODELS)}")
-    model = Classifier(MODELS[name](num_classes, **settings), *statistics)
+    model = Classifier(MODELS[name](num_classes, **settings), *mean_std)
     return model.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 5. Data
-# ---------------------------------------------------------------------------------------------------------------
+# == 5. Data ====================================================================================================
 
 
 class Data(NamedTuple):
@@ -334,7 +325,7 @@ class Data(NamedTuple):
     x_test: torch.Tensor
     y_test: torch.Tensor
     num_classes: int
-    statistics: tuple   # (mean, std) of the training pixels in [0,1], by channel
+    mean_std: tuple     # (mean, std) of the training pixels in [0,1], by channel
     augment: bool       # whether a shifted or mirrored image still shows the same thing
     source: str         # what this is, in words
 
@@ -360,9 +351,7 @@ def crop_and_flip(x, pad=4):
     return x[torch.arange(n, device=x.device).view(n, 1, 1), :, i, j].permute(0, 3, 1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 6. The training loop, the same for every method
-# ---------------------------------------------------------------------------------------------------------------
+# == 6. The training loop, the same for every method ============================================================
 
 
 def make_optimizer(model, lr, epochs):
@@ -380,7 +369,7 @@ def make_optimizer(model, lr, epochs):
 
 def train(model, data, step, optimizer, schedule, *, epochs, batch_size, on_batch=lambda epoch, done, total: None):
     """Train in place with step(model, x, y, optimizer) -> (loss, logits), one of section 3 with its radius filled in.
-    It goes on where the schedule stands, up to `epochs`.
+    It starts at the schedule's epoch, 0 if that is new.
 
     A generator: yields one row an epoch, {"epoch", "lr", "loss", "accuracy", "seconds"}, where loss and accuracy (in
     percent) are those of the training images as the step saw them. Randomness comes from torch's global generator.
@@ -410,15 +399,13 @@ class Diverged(Exception):
     """Training left the finite numbers."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 7. Evaluation: accuracy on clean images and under attack
-# ---------------------------------------------------------------------------------------------------------------
+# == 7. Evaluation: accuracy on clean images and under attack ===================================================
 
 ATTACKS = "linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255"  # the papers' four, each PGD-10 with step eps/4
 
 
 def withstands(model, x, y, eps, *, steps, norm, step_size=None, random_start=True, generator=None):
-    """Indices of the images that no iterate of the attack ever fooled (the arguments are those of pgd).
+    """Indices of the images that no iterate of PGD ever fooled; arguments as for pgd, the model in eval mode.
 
     Robust accuracy asks only whether an image was ever fooled, so a fooled one is attacked no further.
     """
@@ -426,7 +413,7 @@ def withstands(model, x, y, eps, *, steps, norm, step_size=None, random_start=Tr
     standing = torch.arange(len(x), device=x.device)
     delta = clip(x, random_delta(x, eps, norm, generator)) if random_start else torch.zeros_like(x)
     with frozen_weights(model):  # saves memory and a third of the time
-        for _ in range(steps + 1):  # the last pass only looks at what the last step made
+        for _ in range(steps + 1):  # one pass more than steps: it judges the last iterate
             if not len(standing):
                 break
             delta, logits = pgd_step(model, x, y, delta, eps, step_size, norm)
@@ -446,7 +433,7 @@ def evaluate(model, data, attacks=ATTACKS, *, steps=10, restarts=1, batch_size=5
     images, labels = data
     if not len(images):
         raise ValueError("no images to evaluate on")
-    attacks = {name: {"steps": steps, "restarts": restarts, **parse_attack(name)} for name in attacks}
+    attacks = {name: {"steps": steps, **parse_attack(name)} for name in attacks}  # see section 12 for the names
     generator = torch.Generator(images.device).manual_seed(seed)
     mode, clean, robust = model.training, 0, dict.fromkeys(attacks, 0)
     model.eval()
@@ -461,9 +448,8 @@ def evaluate(model, data, attacks=ATTACKS, *, steps=10, restarts=1, batch_size=5
             clean += int(right.sum())
             for name, attack in attacks.items():
                 x_left, y_left = x[right], y[right]  # what is wrong already needs no attack
-                for _ in range(attack["restarts"]):
-                    settings = {key: value for key, value in attack.items() if key != "restarts"}
-                    left = withstands(model, x_left, y_left, **settings, generator=generator)
+                for _ in range(restarts):
+                    left = withstands(model, x_left, y_left, **attack, generator=generator)
                     x_left, y_left = x_left[left], y_left[left]
                 robust[name] += len(x_left)
     finally:
@@ -472,13 +458,9 @@ def evaluate(model, data, attacks=ATTACKS, *, steps=10, restarts=1, batch_size=5
     return {"clean": 100 * clean / n, "robust": {name: 100 * count / n for name, count in robust.items()}}
 
 
-# ===============================================================================================================
 # A first reading ends here.
-# ===============================================================================================================
 
-# ---------------------------------------------------------------------------------------------------------------
-# 8. Where the data comes from
-# ---------------------------------------------------------------------------------------------------------------
+# == 8. Where the data comes from ===============================================================================
 
 
 class BadInput(Exception):
@@ -508,17 +490,17 @@ def demo_data(n_train=4000, n_test=1000, *, classes=10, p=0.9, texture=(2 / 255,
     shown = torch.where(torch.rand(n, generator=rng) < p, y, other)
     x = 0.5 + coarse_of[shown] + texture_of[y] + noise * torch.randn(n, 3, 32, 32, generator=rng)
     x = (x * 255).round().clamp(0, 255).byte()
-    return Data(x[:n_train], y[:n_train], x[n_train:], y[n_train:], classes, statistics_of(x[:n_train]), False,
+    return Data(x[:n_train], y[:n_train], x[n_train:], y[n_train:], classes, mean_std_of(x[:n_train]), False,
                 f"embedded demo data ({n_train} training and {n_test} test images of {classes} classes, seed {seed})")
 
 
-def statistics_of(x):
+def mean_std_of(x):
     """Mean and standard deviation by channel of uint8 images (N, 3, H, W), in pixel units: (mean, std)."""
     std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))
     return mean.tolist(), std.clamp_min(1e-3).tolist()  # a channel without contrast must not divide by zero
 
 
-CIFAR100_STATISTICS = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+CIFAR100_MEAN_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
 def load_cifar(name, directory):
@@ -536,8 +518,8 @@ def load_cifar(name, directory):
                        "point --data-dir at a copy, or try --preset demo") from None
     x, x_test = (torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous() for d in (train, test))
     y, y_test = (torch.tensor(d.targets) for d in (train, test))
-    statistics = CIFAR10_STATISTICS if name == "cifar10" else CIFAR100_STATISTICS
-    return Data(x, y, x_test, y_test, len(train.classes), statistics, True,
+    mean_std = CIFAR10_MEAN_STD if name == "cifar10" else CIFAR100_MEAN_STD
+    return Data(x, y, x_test, y_test, len(train.classes), mean_std, True,
                 f"{name} ({len(y)} training and {len(y_test)} test images)")
 
 
@@ -554,7 +536,7 @@ def load_folder(directory):
         raise BadInput(f"{directory}: train and {test} differ in their classes: {odd!r} is in one of them only")
     if len(classes) < 2:
         raise BadInput(f"{directory / 'train'} has one class, {classes[0]!r}: two are the least to tell apart")
-    return Data(x, y, x_test, y_test, len(classes), statistics_of(x), True,
+    return Data(x, y, x_test, y_test, len(classes), mean_std_of(x), True,
                 f"{directory} ({len(y)} training and {len(y_test)} test images of {len(classes)} classes)")
 
 
@@ -590,12 +572,10 @@ def load_data(name, directory):
     return load_folder(directory) if name == "folder" else load_cifar(name, directory)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 9. What a step costs
+# == 9. What a step costs =======================================================================================
 #
 #    In passes, with a forward pass F and a backward pass of twice that (F for the inputs, F for the weights):
 #        SGD   3 F                SAM   6 F, twice SGD                AT   K (F + F) + 3 F, 1 + 2K/3 times SGD
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def time_of(call, device, seconds=15, least=5, most=50):
@@ -620,7 +600,7 @@ def matmul_rate(device, dtype):
 
 
 def peak_mb(device, reset=False):
-    """Peak memory since the last reset, in MB: CUDA's allocated tensors, or else the whole process."""
+    """Peak memory since the last reset, in MiB: CUDA's allocated tensors, or else the whole process."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
@@ -642,7 +622,7 @@ def run_benchmark(s):
     print(f"{s.model}, batch {s.batch_size}, {device_name(s.device)}, {s.precision}, torch {torch.__version__}; "
           f"a matrix product runs at {rate / 1e12:.2f} TFLOP/s")
     for method in dict.fromkeys(["sgd", *s.method]):
-        model, fast = build(s, 10, CIFAR10_STATISTICS)
+        model, fast = build(s, 10, CIFAR10_MEAN_STD)
         optimizer, _ = make_optimizer(model, s.lr, s.epochs)
         step = STEPS[method](s)
         with FlopCounterMode(display=False) as counter:
@@ -668,16 +648,14 @@ def device_name(device):
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 10. Runs: a folder each, with a record and a checkpoint. A run killed at any moment goes on as if it had not been.
-# ---------------------------------------------------------------------------------------------------------------
+# == 10. Runs: a folder each, with a record and a checkpoint. A run killed at any moment goes on as if it had not been. 
 
 
-def build(s, num_classes, statistics):
+def build(s, num_classes, mean_std):
     """The network that the settings name, on its device: (model, the same compiled if they say so)."""
     torch.manual_seed(s.seed)  # every method starts from the same weights and meets the same batches
     width = {} if s.width is None else {"width": s.width}
-    model = make_model(s.model, num_classes, statistics, **width).to(s.device)
+    model = make_model(s.model, num_classes, mean_std, **width).to(s.device)
     model.bf16 = s.precision == "bf16"
     return model, torch.compile(model, dynamic=False) if s.compile else model
 
@@ -702,7 +680,10 @@ def label_of(settings):
     """"sgd", "sam rho 0.2" or "at linf 8/255"."""
     if settings["method"] == "sam":
         return f"sam rho {settings['rho']:g}"
-    return f"at {settings['norm']} {show_radius(settings['eps'])}" if settings["method"] == "at" else settings["method"]
+    if settings["method"] == "sgd":
+        return "sgd"
+    steps = "" if settings["attack_steps"] == 5 else f" in {settings['attack_steps']} steps"
+    return f"at {settings['norm']} {show_radius(settings['eps'])}{steps}"
 
 
 def name_of(settings):
@@ -713,7 +694,7 @@ def name_of(settings):
 
 
 def write_whole(path, content):
-    """Write text, bytes or a checkpoint whole or not at all."""
+    """Write a text or a checkpoint whole or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     if isinstance(content, str):
@@ -727,7 +708,7 @@ def load_checkpoint(path, settings=None):
     """A checkpoint that run_method wrote (for these settings). Raises BadInput for anything else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if set(state) != {"settings", "statistics", "log", "model", "optimizer", "schedule", "rng"}:
+        if set(state) != {"settings", "mean_std", "log", "model", "optimizer", "schedule", "rng"}:
             raise ValueError("its keys are others")
         if settings not in (None, state["settings"]):
             raise ValueError("it belongs to other settings")
@@ -772,7 +753,7 @@ def run_method(method, s, data):
     if s.fresh:
         for path in record_file, checkpoint, folder / "epochs.csv":
             path.unlink(missing_ok=True)
-    attack = {"attacks": s.attacks, "steps": s.eval_steps, "restarts": s.restarts}
+    attack = {"attacks": s.attacks, "eval_steps": s.eval_steps, "restarts": s.restarts}
     if record_file.exists():
         record = load_record(record_file)
         if record["finished"] and record["evaluation"] == attack:
@@ -780,7 +761,7 @@ def run_method(method, s, data):
             return record
     state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
 
-    model, fast = build(s, data.num_classes, data.statistics)
+    model, fast = build(s, data.num_classes, data.mean_std)
     optimizer, schedule = make_optimizer(model, s.lr, s.epochs)
     log = state["log"] if state else []
     if state:
@@ -789,7 +770,7 @@ def run_method(method, s, data):
         schedule.load_state_dict(state["schedule"])
         random_states(s.device, state["rng"])
         print(f"{label}  goes on after epoch {len(log)}/{s.epochs}, from {checkpoint}", flush=True)
-    record = {"name": folder.name, "settings": settings, "command": command_of(settings), "data": data.source,
+    record = {"name": folder.name, "settings": settings, "command": command_of(settings, attack), "data": data.source,
               "test_images": len(data.x_test), "machine": device_name(s.device), "torch": torch.__version__, "log": log,
               "finished": False}
     folder.mkdir(parents=True, exist_ok=True)
@@ -803,20 +784,40 @@ def run_method(method, s, data):
                      on_batch=on_batch):
         log.append(row)
         write_whole(checkpoint, {  # first: what follows can be made again from it
-            "settings": settings, "statistics": data.statistics, "log": log, "model": model.state_dict(),
+            "settings": settings, "mean_std": data.mean_std, "log": log, "model": model.state_dict(),
             "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": random_states(s.device)})
         save_record(folder, record)
         left = sum(r["seconds"] for r in log) / len(log) * (s.epochs - len(log))
         print(f"{label}  epoch {row['epoch']}/{s.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:5.1f}%  "
-              f"{len(data.x) / row['seconds']:.0f} images/s  {show_time(left)} left", flush=True)
+              f"{len(data.x) / row['seconds']:.0f} images/s  {timedelta(seconds=round(left))} left", flush=True)
 
-    test = data.x_test, data.y_test  # attacked on the plain model, not the compiled one: its batches shrink
-    record |= evaluate(model, test, s.attacks, steps=s.eval_steps, restarts=s.restarts, seed=s.seed)
-    record |= {"evaluation": attack, "warnings": doubts(model, test, s.attacks, s.eval_steps, s.restarts, s.seed),
-               "seconds": sum(r["seconds"] for r in log), "weights_sha256": sha256(model.state_dict().values()),
-               "date": time.strftime("%Y-%m-%d"), "finished": True}
+    record |= assess(model, data, s)  # the plain model, not the compiled one: the batches shrink
+    record |= {"evaluation": attack, "seconds": sum(r["seconds"] for r in log), "date": time.strftime("%Y-%m-%d"),
+               "weights_sha256": sha256(model.state_dict().values()), "finished": True}
     save_record(folder, record)
     return record
+
+
+def load_model(path, data, device):
+    """A checkpoint and its model, ready to be attacked on the data. Raises BadInput if the two do not fit."""
+    state = load_checkpoint(path)
+    settings = state["settings"]
+    if data.num_classes != settings["classes"]:
+        raise BadInput(f"{path} tells {settings['classes']} classes apart, the data has {data.num_classes}")
+    width = {} if settings["width"] is None else {"width": settings["width"]}
+    model = make_model(settings["model"], data.num_classes, state["mean_std"], **width).to(device).eval()
+    model.load_state_dict(state["model"])
+    return state, model
+
+
+def assess(model, data, s):
+    """What a record says of a trained model: {"clean", "robust", "warnings"}."""
+    test = data.x_test.to(s.device), data.y_test.to(s.device)
+    try:
+        result = evaluate(model, test, s.attacks, steps=s.eval_steps, restarts=s.restarts, seed=s.seed)
+    except ValueError as error:
+        raise Diverged(f"{error}: training went wrong; try a smaller --lr") from None
+    return result | {"warnings": doubts(model, test, s.attacks, s.eval_steps, s.restarts, s.seed)}
 
 
 def doubts(model, data, attacks, steps, restarts, seed, most=200):
@@ -844,29 +845,30 @@ def doubts(model, data, attacks, steps, restarts, seed, most=200):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 11. The report: RESULTS.md and pictures, from records alone
-# ---------------------------------------------------------------------------------------------------------------
+# == 11. The report: RESULTS.md and pictures, from records alone ================================================
 
 RECORDS = Path("results/records.jsonl")  # a line a run, kept with the report
 
 
-def command_of(settings):
-    """The command that makes a run, whatever the presets say."""
+def command_of(settings, evaluation):
+    """The command that makes a run, whatever the presets say. A folder's place is not part of the run: it stays DIR."""
     keys = ("dataset", "model", "width", "method", "rho", "eps", "norm", "attack_steps", "epochs", "batch_size", "lr",
-            "precision", "seed")
-    flags = {key: settings[key] for key in keys if settings.get(key) is not None}
-    if "eps" in flags:
-        flags["eps"] = show_radius(flags["eps"])
+            "precision", "seed", "device")
+    flags = {key: settings[key] for key in keys if settings.get(key) is not None} | evaluation
+    flags["attacks"] = " ".join(f"'{name}'" for name in evaluation["attacks"])
     if settings["dataset"] == "folder":
         flags["data_dir"] = "DIR"
-    return "python sam_at.py " + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items())
+    flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items())
+    return f"python sam_at.py {flags} --{'' if settings['compile'] else 'no-'}compile"
 
 
 def gather_records(runs):
     """The kept records and those of the finished runs in the folder `runs`, which win; in a fixed order."""
-    kept = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    found = [json.loads(line) for line in kept] + [load_record(path) for path in Path(runs).glob("*/record.json")]
+    try:
+        kept = [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+    except ValueError:
+        raise BadInput(f"{RECORDS}: not a list of records, a line each; restore it or move it away") from None
+    found = kept + [load_record(path) for path in Path(runs).glob("*/record.json")]
     records = {r["name"]: r for r in found if r["finished"]}.values()
     if not records:
         raise BadInput(f"no finished runs: neither in {runs} nor in {RECORDS}")
@@ -881,7 +883,8 @@ def gather_records(runs):
 
 def setting_of(record):
     """What runs must share to stand in one table: data, network, recipe and evaluation."""
-    settings, keys = record["settings"], ("dataset", "data_sha256", "model", "width", "epochs", "batch_size", "lr")
+    settings = record["settings"]
+    keys = "dataset", "data_sha256", "model", "width", "epochs", "batch_size", "lr", "precision"
     return *(settings[key] for key in keys), json.dumps(record["evaluation"])
 
 
@@ -896,7 +899,7 @@ def grouped(records, key=lambda r: label_of(r["settings"])):
 def mean_and_error(runs, attack):
     """Accuracy in percent, "clean" or under an attack: mean over seeds, standard deviation, error of the mean.
 
-    The error is the larger of the seeds', deviation / sqrt(seeds), and the test set's, sqrt(a (1 - a) / images).
+    The error is the larger of the seeds', deviation / sqrt(seeds), and the test set's, sqrt(a (100 - a) / images).
     """
     values = [r["clean"] if attack == "clean" else r["robust"][attack] for r in runs]
     a, deviation = fmean(values), stdev(values) if len(values) > 1 else 0.0
@@ -911,7 +914,7 @@ RULES = """\
 - **C3**, SAM is the gentler of two duals: mean robust accuracy rises from SGD over the best SAM to the best AT, clean
   accuracy falls from that SAM to that AT.
 - **C4**, the closed form, and **C5**, breadth beyond the tables here, need runs that this report does not know yet.
-- **C6**, SAM is the cheap one: every SAM run trains faster than every AT run."""
+- **C6**, SAM is the cheap one: every SAM row trains faster than every AT row."""
 
 
 def verdicts(rows):
@@ -938,7 +941,7 @@ def verdicts(rows):
             f"clean {gain(a, 'sgd')[0]:+.1f}" for a in sam))
     if sgd and sam and at:
         best, gentle = max(at, key=robust.get), max(sam, key=robust.get)
-        ahead, cost = min(wins(best, other) for other in sgd + sam), gain(best, "sgd")[0]
+        ahead, cost = sum(all(gain(best, b, a)[1] for b in sgd + sam) for a in attacks), gain(best, "sgd")[0]
         found["C2"] = verdict(ahead == n and cost < -0.5,
                               f"{best}: ahead of every SGD and SAM row under {ahead} of {n} attacks, clean {cost:+.1f}")
         found["C3"] = verdict(
@@ -967,7 +970,7 @@ def report(records):
         out += ["", f"## {first['data']}; {settings['model']}{width}, {settings['epochs']} epochs", "",
                 f"Machine: {all_of('machine')}. Torch {all_of('torch')}, training in {all_of('precision')}, batch "
                 f"{settings['batch_size']}, learning rate {settings['lr']:g}. Run on {all_of('date')}. Attacks: "
-                f"PGD-{attack['steps']}, starts: {attack['restarts']}, test images: all {first['test_images']}.", "",
+                f"PGD-{attack['eval_steps']}, starts: {attack['restarts']}, test images: all {first['test_images']}.", "",
                 f"| method | seeds | clean | {' | '.join(attacks)} | train s |", "|---|---|---:|---:|" + "---:|" * len(attacks)]
         for label, of_label in rows.items():
             cells = [label, str(len(of_label))]
@@ -1010,6 +1013,7 @@ def run_pictures(s):
         settings = runs[0]["settings"]
         title = f"{runs[0]['data'].split(' (')[0]}, {settings['model']}, {settings['epochs']} epochs"
         name = "-".join(str(settings[key]) for key in ("dataset", "model", "width", "epochs") if settings[key])
+        name += "-" + hashlib.sha256(repr(setting_of(runs[0])).encode()).hexdigest()[:4]  # or another recipe's picture
         for draw in draw_tradeoff, draw_curves, draw_attacked:
             if figure := draw(s, runs):
                 figure.suptitle(title)
@@ -1062,17 +1066,14 @@ def draw_attacked(s, runs, eps=8 / 255, shown=4):
     for r in runs:
         if (path := Path(s.runs) / r["name"] / "checkpoint.pt").exists():
             found.setdefault(r["settings"]["method"], path)
-    if not found or (settings["dataset"] == "folder" and not s.data_dir_given):
+    if not found or (settings["dataset"] == "folder") != s.data_dir_given:  # a folder only where it is named
         return None
     data = load_data(settings["dataset"], s.data_dir)
     pick = torch.arange(shown) * (len(data.x_test) // shown)
     x, y = to_pixels(data.x_test[pick]), data.y_test[pick]
     columns = [("image", x)]
     for path in found.values():
-        state = load_checkpoint(path)
-        width = {} if settings["width"] is None else {"width": settings["width"]}
-        model = make_model(settings["model"], data.num_classes, state["statistics"], **width).eval()
-        model.load_state_dict(state["model"])
+        state, model = load_model(path, data, "cpu")
         x_adv = pgd(model, x, y, eps, random_start=False)
         columns += [(f"{label_of(state['settings'])},\nattacked", x_adv),
                     (f"its delta,\nx {0.5 / eps:.0f}", (0.5 + (x_adv - x) / (2 * eps)).clamp(0, 1))]
@@ -1085,9 +1086,7 @@ def draw_attacked(s, runs, eps=8 / 255, shown=4):
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 12. The command line
-# ---------------------------------------------------------------------------------------------------------------
+# == 12. The command line =======================================================================================
 
 PRESETS = {  # every setting that differs between the two
     "demo": {"dataset": "demo", "model": "small", "epochs": 15, "eps": {"linf": 4 / 255, "l2": 128 / 255}},
@@ -1100,14 +1099,18 @@ STEPS = {  # method -> its step, with the radius filled in from the settings
 }
 
 
+class BadRadius(ValueError, argparse.ArgumentTypeError):
+    """A ValueError whose message argparse shows."""
+
+
 def parse_attack(name):
     """"linf 8/255" -> {"norm": "linf", "eps": 0.0314}; "fgsm" is "fgsm 8/255", one full step. Raises ValueError."""
     kind, _, radius = name.partition(" ")
     if kind == "fgsm":
         eps = parse_radius(radius or "8/255")
-        return {"norm": "linf", "eps": eps, "steps": 1, "step_size": eps, "random_start": False, "restarts": 1}
+        return {"norm": "linf", "eps": eps, "steps": 1, "step_size": eps, "random_start": False}
     if kind not in ("linf", "l2"):
-        raise ValueError(f"unknown attack {name!r}: expected 'linf 8/255', 'l2 32/255' or 'fgsm 8/255', with a radius")
+        raise BadRadius(f"unknown attack {name!r}: expected 'linf 8/255', 'l2 32/255' or 'fgsm 8/255', with a radius")
     return {"norm": kind, "eps": parse_radius(radius)}
 
 
@@ -1117,10 +1120,10 @@ def parse_radius(text):
     try:
         eps = float(numerator) / (float(denominator) if slash else 1)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"radius {text!r} is not a number: write it as 8/255 or 0.03") from None
+        raise BadRadius(f"radius {text!r} is not a number: write it as 8/255 or 0.03") from None
     if not 0 < eps < 1:
         hint = f": pixels are in [0,1], so did you mean {text}/255?" if eps >= 1 and not slash else ""
-        raise ValueError(f"radius {text} is outside (0, 1){hint}")
+        raise BadRadius(f"radius {text} is outside (0, 1){hint}")
     return eps
 
 
@@ -1134,22 +1137,17 @@ def number(kind, low, *, strict=False):
     def parse(text):
         with suppress(ValueError):
             value = kind(text)
-            if value < (2 ** 63 if kind is int else math.inf) and (value > low if strict else value >= low):
+            if value < (2 ** 63 if kind is int else 1e30) and (value > low if strict else value >= low):
                 return value
         what = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text!r} is not {what} {'>' if strict else '>='} {low}")
     return parse
 
 
-def checked(parse, keep=False):
-    """An argparse type: what parse makes of the text, or the text itself, with the message of parse where it fails."""
-    def check(text):
-        try:
-            value = parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return text if keep else value
-    return check
+def attack_name(text):
+    """An argparse type: the name of an attack, refused if parse_attack refuses it."""
+    parse_attack(text)
+    return text
 
 
 def show_radius(eps):
@@ -1166,23 +1164,25 @@ def parse_args(argv):
          help="demo: embedded data, small network, CPU; paper: CIFAR-10, PreActResNet-18, GPU; any other flag "
               "overrides its preset's value (default: paper where CUDA is there, otherwise demo)")
     flag("--method", nargs="+", choices=list(STEPS), default=list(STEPS), help="one or several (default: sgd sam at)")
-    flag("--benchmark", action="store_true", help="time a step of each method instead: what SAM and AT cost here")
     flag("--seed", type=number(int, 0), default=0, help="of weights, batches and attacks (default: 0)")
     flag("--device", help="cpu, cuda, cuda:N or mps (default: cuda where it is there, otherwise cpu)")
-    flag("--eval", metavar="CHECKPOINT", help="attack the model in runs/NAME/checkpoint.pt instead of training one")
-    flag("--report", action="store_true", help="write RESULTS.md from the records of runs and of results/records.jsonl")
-    flag("--pictures", action="store_true", help="draw results/*.png from the same records (needs matplotlib)")
     flag("--runs", metavar="DIR", default="runs", help="where the runs' folders go (default: runs)")
     flag("--fresh", action="store_true", help="start over, where the same command would go on or report a finished run")
     flag("--json", metavar="FILE", help="write the final table there, as a list of rows")
+    group = parser.add_argument_group("instead of training")
+    flag = group.add_mutually_exclusive_group().add_argument
+    flag("--eval", metavar="CHECKPOINT", help="attack the model in runs/NAME/checkpoint.pt")
+    flag("--benchmark", action="store_true", help="time a step of each method: what SAM and AT cost on this device")
+    flag("--report", action="store_true", help="write RESULTS.md from the records in runs/ and results/records.jsonl")
+    flag("--pictures", action="store_true", help="draw results/*.png from the same records (needs matplotlib)")
     flag = parser.add_argument_group("radii (pixels are in [0,1])").add_argument
     flag("--rho", type=number(float, 0), default=0.2, help="SAM's radius in weight space (default: 0.2)")
-    flag("--eps", type=checked(parse_radius), help="AT's radius in input space, as 8/255 or 0.03 "
+    flag("--eps", type=parse_radius, help="AT's radius in input space, as 8/255 or 0.03 "
          "(default: preset demo: 4/255, paper: 8/255; 128/255 with --norm l2)")
     flag("--norm", choices=["linf", "l2"], default="linf", help="AT's norm (default: linf)")
     flag("--attack-steps", type=number(int, 1), default=5, help="AT's attack steps, each of eps/4 (default: 5)")
     flag = parser.add_argument_group("evaluation").add_argument
-    flag("--attacks", nargs="+", type=checked(parse_attack, keep=True), default=list(ATTACKS), metavar="ATTACK",
+    flag("--attacks", nargs="+", type=attack_name, default=list(ATTACKS), metavar="ATTACK",
          help=f"'linf EPS', 'l2 EPS' or 'fgsm EPS' (default: {', '.join(ATTACKS)})")
     flag("--eval-steps", type=number(int, 1), default=10, help="PGD steps, each of eps/4 (default: 10)")
     flag("--restarts", type=number(int, 1), default=1, help="random starts; an image must withstand all (default: 1)")
@@ -1206,11 +1206,15 @@ def parse_args(argv):
     s = parser.parse_args(argv)
     s.preset_given = s.preset is not None
     s.preset = s.preset or ("paper" if torch.cuda.is_available() else "demo")
-    defaults = PRESETS[s.preset] | (load_checkpoint(s.eval)["settings"] if s.eval else {})
-    for key, value in defaults.items():
-        if getattr(s, key, 0) is None:
+    if s.eval:
+        settings = load_checkpoint(s.eval)["settings"]
+        s.model, s.width, s.dataset = settings["model"], settings["width"], s.dataset or settings["dataset"]
+    for key, value in PRESETS[s.preset].items():
+        if getattr(s, key) is None:
             setattr(s, key, value[s.norm] if isinstance(value, dict) else value)
     s.method = list(dict.fromkeys(s.method))
+    modes = {s.benchmark: run_benchmark, s.report: run_report, s.pictures: run_pictures, bool(s.eval): run_eval}
+    s.mode = modes.get(True, run_training)
     s.device = parse_device(s.device)
     if s.dataset == "folder" and not s.data_dir:
         raise BadInput("--dataset folder needs --data-dir DIR")
@@ -1239,6 +1243,8 @@ def parse_device(name):
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= count.get(device.type, 0):
         raise BadInput(f"--device {name}: not on this machine; leave it out, or use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # so that whatever asks for "the" GPU means this one
     return device
 
 
@@ -1262,21 +1268,22 @@ def check_json(path):
         raise BadInput(f"--json {path}: this file is there, and --json did not write it; name another")
 
 
-def show_time(seconds):
-    m, s = divmod(round(seconds), 60)
-    return f"{m // 60}h{m % 60:02d}m" if m >= 60 else f"{m}m{s:02d}s"
-
-
-def show_results(rows, attack):
-    """The table that a run ends with, as text: accuracies, training time and its ratio to SGD's, warnings."""
+def show_results(records, s):
+    """Print what runs end with: accuracies, training time and its ratio to SGD's, warnings. Returns the table's rows."""
+    rows = [{"method": r["settings"]["method"], "clean": r["clean"], "robust": r["robust"], "seconds": r["seconds"]}
+            for r in records]
     base = next((r["seconds"] for r in rows if r["method"] == "sgd"), None)
     cells = [["method", "clean", *rows[0]["robust"], "train time", "x SGD"]]
     for r in rows:
         accuracies = (f"{a:.1f}" for a in (r["clean"], *r["robust"].values()))
         ratio = f"{r['seconds'] / base:.1f}" if base else "-"
         cells.append([r["method"], *accuracies, f"{r['seconds']:.1f} s", ratio])
-    restarts = f", best of {attack['restarts']} starts" if attack["restarts"] > 1 else ""
-    print(f"\naccuracy in percent, clean and under PGD-{attack['steps']}{restarts}\n" + align(cells))
+    starts = f" from each of {s.restarts} starts" if s.restarts > 1 else ""
+    print(f"\naccuracy in percent, clean and under PGD-{s.eval_steps}{starts}\n" + align(cells))
+    for r in records:
+        for doubt in r["warnings"]:
+            print(f"warning: {label_of(r['settings'])}: {doubt}")
+    return rows
 
 
 def align(cells):
@@ -1294,49 +1301,35 @@ def run_training(s):
     if s.batch_size > len(data.x):
         raise BadInput(f"--batch-size {s.batch_size} is larger than the {len(data.x)} training images")
     print(f"data: {data.source}; network: {s.model}; device: {s.device}, {s.precision}", flush=True)
-    data = data._replace(**{k: getattr(data, k).to(s.device) for k in ("x", "y", "x_test", "y_test")})
-    records = [run_method(method, s, data) for method in s.method]
-    rows = [{"method": r["settings"]["method"], "clean": r["clean"], "robust": r["robust"], "seconds": r["seconds"]}
-            for r in records]
-    show_results(rows, {"steps": s.eval_steps, "restarts": s.restarts})
-    for r in records:
-        for doubt in r["warnings"]:
-            print(f"warning: {r['settings']['method']}: {doubt}")
-    return rows
+    data = data._replace(**{key: getattr(data, key).to(s.device) for key in ("x", "y", "x_test", "y_test")})
+    return show_results([run_method(method, s, data) for method in s.method], s)
 
 
 def run_eval(s):
-    """Attack saved models; print a table and return its rows."""
-    state = load_checkpoint(s.eval)
+    """Attack a saved model; print a table and return its row."""
     data = load_data(s.dataset, s.data_dir)
-    if data.num_classes != state["settings"]["classes"]:
-        raise BadInput(f"{s.eval} tells {state['settings']['classes']} classes apart, the data has {data.num_classes}")
-    model, _ = build(s, data.num_classes, state["statistics"])
-    model.load_state_dict(state["model"])
+    state, model = load_model(s.eval, data, s.device)
     print(f"{s.eval}: {label_of(state['settings'])} after {len(state['log'])} epochs; data: {data.source}", flush=True)
-    test = data.x_test.to(s.device), data.y_test.to(s.device)
-    result = evaluate(model, test, s.attacks, steps=s.eval_steps, restarts=s.restarts, seed=s.seed)
-    seconds = sum(row["seconds"] for row in state["log"])
-    rows = [{"method": state["settings"]["method"], **result, "seconds": seconds}]
-    show_results(rows, {"steps": s.eval_steps, "restarts": s.restarts})
-    for doubt in doubts(model, test, s.attacks, s.eval_steps, s.restarts, s.seed):
-        print(f"warning: {doubt}")
-    return rows
+    record = {"settings": state["settings"], "seconds": sum(row["seconds"] for row in state["log"])}
+    return show_results([record | assess(model, data, s)], s)
 
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 after one line about bad input, 130 after Ctrl-C."""
     try:
         s = parse_args(argv)
-        modes = {s.benchmark: run_benchmark, s.report: run_report, s.pictures: run_pictures, bool(s.eval): run_eval}
-        rows = modes.get(True, run_training)(s)
+        rows = s.mode(s)
         if s.json:
             write_whole(s.json, json.dumps(rows, indent=1) + "\n")
-    except (BadInput, Diverged) as error:
+    except (BadInput, Diverged, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"sam_at.py: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"sam_at.py: {first_line(error)}; try a smaller --batch-size or --width", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("sam_at.py: interrupted; the same command goes on after the last whole epoch", file=sys.stderr)
+        print("sam_at.py: interrupted; the same command (without --fresh) goes on after the last whole epoch",
+              file=sys.stderr)
         return 130
     except SystemExit as stop:  # argparse, after --help
         return stop.code or 0
