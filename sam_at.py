@@ -177,18 +177,17 @@ def perturbed(weights, rho):
         raise ValueError(f"rho = {rho}: expected a finite number >= 0")
     weights = weights.parameters() if isinstance(weights, nn.Module) else weights
     weights = [w for w in weights if w.grad is not None]
-    grads = [w.grad for w in weights]
-    saved = [w.detach().clone() for w in weights]
+    grads, here = [w.grad for w in weights], [w.data for w in weights]
     try:
         if weights:
-            with torch.no_grad():
-                g_norm = nn.utils.get_total_norm(grads).clamp_min(1e-12)
-                torch._foreach_addcdiv_(weights, grads, [g_norm] * len(grads), value=rho)  # w += rho * g / |g|
+            g_norm = nn.utils.get_total_norm(grads).clamp_min(1e-12)
+            there = torch._foreach_addcdiv(here, grads, [g_norm] * len(grads), value=rho)  # w + rho * g / |g|
+            for w, moved in zip(weights, there):
+                w.data = moved  # w itself lies untouched in `here`: the one extra copy, and nothing to undo
         yield
     finally:
-        if weights:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, saved)
+        for w, kept in zip(weights, here):
+            w.data = kept
 
 
 # == 3. The three training steps ================================================================================
@@ -303,16 +302,16 @@ MODELS = {"prn18": preact_resnet18, "small": small_cnn}
 CIFAR10_MEAN_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # mean, std of the training pixels in [0,1]
 
 
-def make_model(name, num_classes, mean_std=CIFAR10_MEAN_STD, **settings):
+def make_model(name, num_classes, mean_std=CIFAR10_MEAN_STD, *, width=None):
     """A classifier of (N, 3, 32, 32) pixels in [0,1]: "prn18" (11,172,170 parameters at 10 classes) or "small".
 
-    mean_std  (mean, std), three channels each, in pixel units.   settings: width, the channels of the first layer.
+    mean_std  of the pixels, three channels each; width: channels of the first layer, if not the network's own.
     Raises ValueError for an unknown name.
     """
     if name not in MODELS:
         raise ValueError(f"model is {name!r}: expected one of {', '.join(MODELS)}")
-    model = Classifier(MODELS[name](num_classes, **settings), *mean_std)
-    return model.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
+    net = MODELS[name](num_classes) if width is None else MODELS[name](num_classes, width)
+    return Classifier(net, *mean_std).to(memory_format=torch.channels_last)  # the layout convolutions are fastest in
 
 
 # == 5. Data ====================================================================================================
@@ -425,7 +424,7 @@ def withstands(model, x, y, eps, *, steps, norm, step_size=None, random_start=Tr
 def evaluate(model, data, attacks=ATTACKS, *, steps=10, restarts=1, batch_size=500, seed=0):
     """Accuracy in percent over the whole of data = (x, y): {"clean": .., "robust": {attack: .., ...}}.
 
-    x        uint8, or float pixels in [0,1], (N, 3, 32, 32).   attacks: names like "linf 8/255", "l2 0.5", "fgsm 8/255".
+    x        uint8, or float pixels in [0,1], (N, 3, 32, 32).   attacks: like "linf 8/255", "l2 0.5", "fgsm 8/255".
     An image counts as robust if it is classified right and stays so at every iterate of PGD with `steps` steps of
     eps/4 from each of `restarts` random starts (seeded by `seed`). Runs in eval mode; puts the model's mode back.
     Raises ValueError for an empty set, an attack it does not know, or logits that are not finite.
@@ -648,14 +647,15 @@ def device_name(device):
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
-# == 10. Runs: a folder each, with a record and a checkpoint. A run killed at any moment goes on as if it had not been. 
+# == 10. Runs ===================================================================================================
+#
+#    A folder each, with a record and a checkpoint. A run killed at any moment goes on as if it had not been.
 
 
 def build(s, num_classes, mean_std):
     """The network that the settings name, on its device: (model, the same compiled if they say so)."""
     torch.manual_seed(s.seed)  # every method starts from the same weights and meets the same batches
-    width = {} if s.width is None else {"width": s.width}
-    model = make_model(s.model, num_classes, mean_std, **width).to(s.device)
+    model = make_model(s.model, num_classes, mean_std, width=s.width).to(s.device)
     model.bf16 = s.precision == "bf16"
     return model, torch.compile(model, dynamic=False) if s.compile else model
 
@@ -804,10 +804,9 @@ def load_model(path, data, device):
     settings = state["settings"]
     if data.num_classes != settings["classes"]:
         raise BadInput(f"{path} tells {settings['classes']} classes apart, the data has {data.num_classes}")
-    width = {} if settings["width"] is None else {"width": settings["width"]}
-    model = make_model(settings["model"], data.num_classes, state["mean_std"], **width).to(device).eval()
+    model = make_model(settings["model"], data.num_classes, state["mean_std"], width=settings["width"])
     model.load_state_dict(state["model"])
-    return state, model
+    return state, model.to(device).eval()
 
 
 def assess(model, data, s):
@@ -970,8 +969,9 @@ def report(records):
         out += ["", f"## {first['data']}; {settings['model']}{width}, {settings['epochs']} epochs", "",
                 f"Machine: {all_of('machine')}. Torch {all_of('torch')}, training in {all_of('precision')}, batch "
                 f"{settings['batch_size']}, learning rate {settings['lr']:g}. Run on {all_of('date')}. Attacks: "
-                f"PGD-{attack['eval_steps']}, starts: {attack['restarts']}, test images: all {first['test_images']}.", "",
-                f"| method | seeds | clean | {' | '.join(attacks)} | train s |", "|---|---|---:|---:|" + "---:|" * len(attacks)]
+                f"PGD-{attack['eval_steps']}, starts: {attack['restarts']}, test images: all {first['test_images']}.", ""]
+        out += ["| " + " | ".join(["method", "seeds", "clean", *attacks, "train s"]) + " |",
+                "|---|---|" + "---:|" * (len(attacks) + 2)]
         for label, of_label in rows.items():
             cells = [label, str(len(of_label))]
             for mean, deviation, _ in (mean_and_error(of_label, name) for name in ("clean", *attacks)):
@@ -1213,8 +1213,8 @@ def parse_args(argv):
         if getattr(s, key) is None:
             setattr(s, key, value[s.norm] if isinstance(value, dict) else value)
     s.method = list(dict.fromkeys(s.method))
-    modes = {s.benchmark: run_benchmark, s.report: run_report, s.pictures: run_pictures, bool(s.eval): run_eval}
-    s.mode = modes.get(True, run_training)
+    modes = (s.eval, run_eval), (s.benchmark, run_benchmark), (s.report, run_report), (s.pictures, run_pictures)
+    s.mode = next((mode for asked, mode in modes if asked), run_training)
     s.device = parse_device(s.device)
     if s.dataset == "folder" and not s.data_dir:
         raise BadInput("--dataset folder needs --data-dir DIR")
@@ -1269,7 +1269,7 @@ def check_json(path):
 
 
 def show_results(records, s):
-    """Print what runs end with: accuracies, training time and its ratio to SGD's, warnings. Returns the table's rows."""
+    """Print what runs end with: accuracies, training time and its ratio to SGD's, warnings. Returns the rows."""
     rows = [{"method": r["settings"]["method"], "clean": r["clean"], "robust": r["robust"], "seconds": r["seconds"]}
             for r in records]
     base = next((r["seconds"] for r in rows if r["method"] == "sgd"), None)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import sam_at
@@ -737,7 +738,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         self.waits += function.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero", "masked_select")
-        self.new_bytes += out.nbytes if function.__name__.startswith(("clone", "_foreach_mul.", "_foreach_add.")) else 0
+        if not function._schema.is_mutable and not function.is_view:
+            self.new_bytes += sum(t.nbytes for t in tree_leaves(out) if isinstance(t, torch.Tensor))
         return out
 
 
@@ -758,7 +760,8 @@ def test_sam_keeps_one_extra_copy_of_the_weights():
     sam_at.backward(model, x, y)
     with Watch() as watch, sam_at.perturbed(model, 0.1):
         pass
-    assert watch.new_bytes == sum(w.nbytes for w in model.parameters())
+    copy = sum(w.nbytes for w in model.parameters())
+    assert copy <= watch.new_bytes < 1.1 * copy  # and the norms, a number for each weight
 
 
 @given(seeds, st.integers(1, 4))
