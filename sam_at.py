@@ -969,7 +969,7 @@ def report(records):
         out += ["", f"## {first['data']}; {settings['model']}{width}, {settings['epochs']} epochs", "",
                 f"Machine: {all_of('machine')}. Torch {all_of('torch')}, training in {all_of('precision')}, batch "
                 f"{settings['batch_size']}, learning rate {settings['lr']:g}. Run on {all_of('date')}. Attacks: "
-                f"PGD-{attack['eval_steps']}, starts: {attack['restarts']}, test images: all {first['test_images']}.", ""]
+                f"PGD-{attack['eval_steps']} from {attack['restarts']} start(s), all {first['test_images']} test images.", ""]
         out += ["| " + " | ".join(["method", "seeds", "clean", *attacks, "train s"]) + " |",
                 "|---|---|" + "---:|" * (len(attacks) + 2)]
         for label, of_label in rows.items():
@@ -1027,18 +1027,22 @@ def run_pictures(s):
 def draw_tradeoff(s, runs):
     """Clean against robust accuracy, a panel for each attack, a point for each run, its radius beside it."""
     from matplotlib import pyplot as plt
-    attacks = list(runs[0]["robust"])
-    figure, axes = plt.subplots(1, len(attacks), figsize=(3.2 * len(attacks), 3.6), sharey=True, squeeze=False)
-    for axis, attack in zip(axes[0], attacks):
-        for label, of_label in grouped(runs).items():
-            method, _, radius = label.partition(" ")
-            x, y = [r["robust"][attack] for r in of_label], [r["clean"] for r in of_label]
-            axis.scatter(x, y, s=25, color=COLOURS[method])
-            axis.annotate(radius, (fmean(x), fmean(y)), textcoords="offset points", xytext=(5, 4), fontsize=8)
-        axis.set(xlabel=f"accuracy under {attack}, %")
-    axes[0][0].set(ylabel="clean accuracy, %")
-    handles = [plt.Line2D([], [], marker="o", ls="", color=COLOURS[m], label=m.upper()) for m in STEPS]
-    axes[0][0].legend(handles=handles, fontsize=8)
+    attacks, markers = list(runs[0]["robust"]), {"sgd": ("o", 30), "sam": ("^", 60), "at": ("s", 110)}
+    rows = -(-len(attacks) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.5 * rows), sharey=True, squeeze=False, layout="constrained")
+    for axis, attack in zip(axes.flat, attacks):
+        axis.set(xlabel=f"accuracy under {attack}, %", ylabel="clean accuracy, %")
+        points = grouped(runs, lambda r, attack=attack: (r["robust"][attack], r["clean"]))  # runs on one share a label
+        for at, here in points.items():
+            for method in {r["settings"]["method"] for r in here}:
+                marker, size = markers[method]
+                axis.scatter(*at, marker=marker, s=size, facecolors="none", edgecolors=COLOURS[method], linewidths=1.5)
+            label = ", ".join(dict.fromkeys(label_of(r["settings"]).partition(" ")[2] for r in here))
+            right = at[0] > fmean(axis.get_xlim())
+            axis.annotate(label, at, textcoords="offset points", xytext=(-7 if right else 7, 7), fontsize=7,
+                          ha="right" if right else "left")
+    axes[0][0].legend(fontsize=9, handles=[plt.Line2D([], [], ls="", marker=markers[m][0], mfc="none", mec=COLOURS[m],
+                                                      label=m.upper()) for m in STEPS])
     return figure
 
 
@@ -1075,7 +1079,7 @@ def draw_attacked(s, runs, eps=8 / 255, shown=4):
     for path in found.values():
         state, model = load_model(path, data, "cpu")
         x_adv = pgd(model, x, y, eps, random_start=False)
-        columns += [(f"{label_of(state['settings'])},\nattacked", x_adv),
+        columns += [(f"{label_of(state['settings'])},\nunder linf {show_radius(eps)}", x_adv),
                     (f"its delta,\nx {0.5 / eps:.0f}", (0.5 + (x_adv - x) / (2 * eps)).clamp(0, 1))]
     figure, axes = plt.subplots(shown, len(columns), figsize=(1.6 * len(columns), 1.6 * shown + 0.8))
     for j, (name, images) in enumerate(columns):
