@@ -102,7 +102,8 @@ def off(attribute, things):
 
 
 def frozen_weights(model):
-    """Inside, no gradient is computed for the weights: an attack needs none, and they are a third of its cost."""
+    """Inside, no gradient is computed for the weights, and no activation kept for one: an attack needs none, and they
+    would be a third of its cost."""
     return off("requires_grad", model.parameters())
 
 
@@ -969,7 +970,7 @@ def report(records):
         out += ["", f"## {first['data']}; {settings['model']}{width}, {settings['epochs']} epochs", "",
                 f"Machine: {all_of('machine')}. Torch {all_of('torch')}, training in {all_of('precision')}, batch "
                 f"{settings['batch_size']}, learning rate {settings['lr']:g}. Run on {all_of('date')}. Attacks: "
-                f"PGD-{attack['eval_steps']} from {attack['restarts']} start(s), all {first['test_images']} test images.", ""]
+                f"PGD-{attack['eval_steps']} from {attack['restarts']} start(s), {first['test_images']} test images.", ""]
         out += ["| " + " | ".join(["method", "seeds", "clean", *attacks, "train s"]) + " |",
                 "|---|---|" + "---:|" * (len(attacks) + 2)]
         for label, of_label in rows.items():
