@@ -855,6 +855,8 @@ def command_of(settings, evaluation):
     keys = ("dataset", "model", "width", "method", "rho", "eps", "norm", "attack_steps", "epochs", "batch_size", "lr",
             "precision", "seed", "device")
     flags = {key: settings[key] for key in keys if settings.get(key) is not None} | evaluation
+    if "eps" in flags and parse_radius(show_radius(flags["eps"])) == flags["eps"]:
+        flags["eps"] = show_radius(flags["eps"])  # readable, where it is exact
     flags["attacks"] = " ".join(f"'{name}'" for name in evaluation["attacks"])
     if settings["dataset"] == "folder":
         flags["data_dir"] = "DIR"
@@ -981,7 +983,7 @@ def report(records):
         out += ["", *(f"- **{claim}** {text}." for claim, text in verdicts(rows)), ""]
         out += [f"- Doubt about {r['name']}: {doubt}." for r in runs for doubt in r["warnings"]]
         out += ["", "Commands, for the first seed of each row:", "", "```"]
-        out += [*(of_label[0]["command"] for of_label in rows.values()), "```"]
+        out += [*(command_of(r["settings"], r["evaluation"]) for r, *_ in rows.values()), "```"]
     return "\n".join(out) + "\n"
 
 

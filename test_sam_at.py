@@ -1146,9 +1146,10 @@ def test_results_regenerate_from_the_kept_records(monkeypatch, capsys):
 
 def made_up(method, seed, clean, robust, seconds=10.0, **radius):
     settings = {"method": method, **radius, "dataset": "demo", "data_sha256": "0", "model": "small", "width": None, "epochs": 1,
-                "batch_size": 1, "lr": 0.1, "precision": "fp32", "seed": seed, "norm": "linf", "eps": 1 / 255, "attack_steps": 5}
+                "batch_size": 1, "lr": 0.1, "precision": "fp32", "seed": seed, "norm": "linf", "eps": 1 / 255, "attack_steps": 5,
+                "compile": False}
     return {"name": f"{method}{radius}{seed}", "settings": settings, "clean": clean, "robust": robust, "seconds": seconds,
-            "test_images": 10_000, "evaluation": {"eval_steps": 10, "restarts": 1}, "warnings": [], "data": "made up", "date": "d",
+            "test_images": 10_000, "evaluation": {"eval_steps": 10, "restarts": 1, "attacks": list(robust)}, "warnings": [], "data": "made up", "date": "d",
             "machine": "m", "torch": "t", "command": "c", "finished": True}
 
 
