@@ -47,7 +47,8 @@ step = {row["method"]: row["step_s"] for row in json.load(open(sys.argv[1]))}
 epochs, steps = (3, 4000 / 128) if sys.argv[2] == "true" else (100, 50000 / 128)
 runs = [line.split("--method ")[1].split()[0] for line in sys.stdin]
 hours = sum(step[method] for method in runs) * epochs * steps / 3600
-print(f"{len(runs)} runs, about {hours:.1f} hours of training on one such device")' "$table" "$quick"
+time = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.0f} minutes"
+print(f"{len(runs)} runs, about {time} of training on one such device, evaluation aside")' "$table" "$quick"
   rm "$table"
   exit
 fi

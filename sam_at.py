@@ -32,6 +32,7 @@ import math
 import os
 import platform
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -839,9 +840,9 @@ def doubts(model, data, attacks, steps, restarts, seed, most=200):
             found.append(f"{name}: {5 * steps} steps from {restarts + 1} starts lower {weak:.1f} to {strong:.1f}")
         fast = f"fgsm {name.split()[1]}"
         if norm == "linf" and weak - (one := run([fast])["robust"][fast]) > 1:
-            found.append(f"{name}: one step lowers it to {one:.1f}, {steps} to {weak:.1f}; are the gradients masked?")
+            found.append(f"{name}: one step lowers it to {one:.1f}, {steps} to {weak:.1f}; its gradients may be masked")
     if (huge := run(["linf 0.5"], steps=max(steps, 10))["robust"]["linf 0.5"]) > chance:
-        found.append(f"linf 0.5 leaves {huge:.1f}, above chance ({chance:.1f}); are the gradients masked?")
+        found.append(f"linf 0.5 leaves {huge:.1f}, above chance ({chance:.1f}); its gradients may be masked")
     return found
 
 
@@ -1042,8 +1043,8 @@ def draw_tradeoff(s, runs):
                 axis.scatter(*at, marker=marker, s=size, facecolors="none", edgecolors=COLOURS[method], linewidths=1.5)
             label = ", ".join(dict.fromkeys(label_of(r["settings"]).partition(" ")[2] for r in here))
             right = at[0] > fmean(axis.get_xlim())
-            axis.annotate(label, at, textcoords="offset points", xytext=(-7 if right else 7, 7), fontsize=7,
-                          ha="right" if right else "left")
+            axis.annotate(textwrap.fill(label, 40), at, textcoords="offset points", xytext=(-7 if right else 7, 7),
+                          fontsize=7, ha="right" if right else "left")
     axes[0][0].legend(fontsize=9, handles=[plt.Line2D([], [], ls="", marker=markers[m][0], mfc="none", mec=COLOURS[m],
                                                       label=m.upper()) for m in STEPS])
     return figure
