@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sam_at
 
 settings.register_profile("repeatable", deadline=None, max_examples=25, derandomize=True,
-                          suppress_health_check=[HealthCheck.function_scoped_fixture])
+                          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much])
 settings.load_profile("repeatable")
 
 
