@@ -710,15 +710,14 @@ def load_checkpoint(path, settings=None):
     """A checkpoint that run_method wrote (for these settings). Raises BadInput for anything else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if set(state) != {"settings", "mean_std", "log", "model", "optimizer", "schedule", "rng"}:
-            raise ValueError("its keys are others")
-        if settings not in (None, state["settings"]):
-            raise ValueError("it belongs to other settings")
+        ours = set(state) == {"settings", "mean_std", "log", "model", "optimizer", "schedule", "rng"}
     except FileNotFoundError:
         raise BadInput(f"{path}: no such checkpoint") from None
-    except Exception as error:  # cut short, or no archive, or not ours: torch has a class for each
-        raise BadInput(f"{path}: not a checkpoint of this run ({first_line(error)}); "
-                       "move it away, or start over with --fresh") from None
+    except Exception:  # cut short, or no archive: torch has a class for each, and advice that must not be followed
+        ours = False
+    if not ours or settings not in (None, state["settings"]):
+        what = "the checkpoint of other settings" if ours else "cut short, or not a checkpoint of this program"
+        raise BadInput(f"{path}: {what}; move it away, or start over with --fresh")
     return state
 
 
@@ -973,7 +972,7 @@ def report(records):
         out += ["", f"## {first['data']}; {settings['model']}{width}, {settings['epochs']} epochs", "",
                 f"Machine: {all_of('machine')}. Torch {all_of('torch')}, training in {all_of('precision')}, batch "
                 f"{settings['batch_size']}, learning rate {settings['lr']:g}. Run on {all_of('date')}. Attacks: "
-                f"PGD-{attack['eval_steps']} from {attack['restarts']} start(s), {first['test_images']} test images.", ""]
+                f"PGD-{attack['eval_steps']} from {attack['restarts']} start(s), {first['test_images']} images.", ""]
         out += ["| " + " | ".join(["method", "seeds", "clean", *attacks, "train s"]) + " |",
                 "|---|---|" + "---:|" * (len(attacks) + 2)]
         for label, of_label in rows.items():
@@ -1142,13 +1141,15 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, *, strict=False):
     """An argparse type: an int or float from `low` (above it, if strict) to what torch can take."""
+    limit = 2 ** 63 if kind is int else 1e30
+
     def parse(text):
         with suppress(ValueError):
             value = kind(text)
-            if value < (2 ** 63 if kind is int else 1e30) and (value > low if strict else value >= low):
+            if value < limit and (value > low if strict else value >= low):
                 return value
         what = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what} {'>' if strict else '>='} {low}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} {'>' if strict else '>='} {low} and < {limit:.0e}")
     return parse
 
 

@@ -1021,6 +1021,7 @@ def test_a_broken_file_is_named_and_kept(name, content, tiny_demo):
         path.write_bytes(path.read_bytes()[:1000] if content is None else content)
     broken = path.read_bytes()
     code, _, err = cli(*RUN)
+    assert "weights_only" not in err  # torch's advice on loading untrusted files is not passed on
     assert code == 2 and str(path) in err and "--fresh" in err and err.count("\n") == 1 and path.read_bytes() == broken
     assert cli(*RUN, "--fresh")[0] == 0
 
@@ -1165,7 +1166,7 @@ def test_table_figures_are_mean_and_deviation_over_seeds(values):
     assert cells in sam_at.report(records)
 
 
-@given(st.floats(-30, 30), st.floats(-3, 3), st.floats(1, 40), st.floats(-3, 3))
+@given(st.floats(-30, 19), st.floats(-3, 3), st.floats(1, 40), st.floats(-3, 3))
 def test_verdicts_follow_their_rules(gain, clean, at_gain, at_clean):
     """One seed, 10,000 images at about 50%: an error of 0.5 each, so two standard errors of a difference are 1.41."""
     assume(all(abs(abs(v) - edge) > 0.1 for v in (gain, clean, at_gain, at_clean) for edge in (0, 0.5, 1.41)))
