@@ -38,7 +38,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,6 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # == 1. Input space: the threat model and the attacks ===========================================================
-#
 #    An attacker may add any delta with |delta|_p <= eps, as long as x + delta is still an image in [0,1].
 #    PGD looks for the worst one: step along the loss gradient, project back onto the ball, repeat.
 
@@ -107,8 +106,7 @@ def off(attribute, things):
 
 
 def frozen_weights(model):
-    """Inside, no gradient is computed for the weights, and no activation kept for one: an attack needs none, and they
-    would be a third of its cost."""
+    """Inside, weights get no gradient, nor is an activation kept for one: a third of an attack's cost, for nothing."""
     return off("requires_grad", model.parameters())
 
 
@@ -169,7 +167,6 @@ def fgsm(model, x, y, eps):
 
 
 # == 2. Weight space: SAM's ascent ==============================================================================
-#
 #    The same maximum over the weights. SAM takes one step to the edge of the ball, to first order its worst point:
 #        AT   delta <- delta + step * steepest(g),  g = dL/dx, image by image, repeated and projected
 #        SAM  v     =  rho * g/|g|_2,               g = dL/dw, all weights and the whole batch together, once
@@ -207,7 +204,6 @@ def perturbed(weights, rho, ascend=ascent):
 
 
 # == 3. The three training steps ================================================================================
-#
 #    Each is one update of the weights on one batch; they differ in where the gradient is taken.
 #    Each returns the loss (scalar) and the logits of its first call of backward(), both detached.
 
@@ -250,7 +246,6 @@ def at_step(model, x, y, optimizer, eps, *, steps=5, step_size=None, norm="linf"
 
 # == 4. Networks ================================================================================================
 
-
 class PreActBlock(nn.Module):
     """Pre-activation residual block: x + conv(relu(bn(conv(relu(bn(x)))))) (He et al. 2016, Identity Mappings).
 
@@ -268,11 +263,9 @@ class PreActBlock(nn.Module):
 
     def forward(self, x):
         h = F.relu(self.bn1(x))
-        shortcut = x
         if self.shortcut is not None:  # the same as a convolution with this stride, which corrupts memory on
-            shortcut = self.shortcut(h[:, :, ::self.stride, ::self.stride])  # some CPUs (oneDNN issue 6035)
-        h = self.conv1(h)
-        return self.conv2(F.relu(self.bn2(h))) + shortcut
+            x = self.shortcut(h[:, :, ::self.stride, ::self.stride])  # some CPUs (oneDNN issue 6035)
+        return self.conv2(F.relu(self.bn2(self.conv1(h)))) + x
 
 
 def preact_resnet(num_classes, stem, stages, blocks):
@@ -326,8 +319,7 @@ CIFAR10_MEAN_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # mean, s
 
 
 def make_model(name, num_classes, mean_std=CIFAR10_MEAN_STD, *, width=None):
-    """A classifier of (N, 3, 32, 32) pixels in [0,1]: "prn18" (11,172,170 parameters at 10 classes), "small", or one of
-    section 10.
+    """A classifier of (N, 3, 32, 32) pixels in [0,1]: "prn18" (11,172,170 parameters at 10 classes), or one of MODELS.
 
     mean_std  of the pixels, three channels each; width: channels of the first layer, if not the network's own.
     Raises ValueError for an unknown name.
@@ -340,7 +332,6 @@ def make_model(name, num_classes, mean_std=CIFAR10_MEAN_STD, *, width=None):
 
 # == 5. Data ====================================================================================================
 
-
 class Data(NamedTuple):
     """A data set, whole and in memory. x: uint8 (N, 3, 32, 32); y: int64 (N,)."""
     x: torch.Tensor
@@ -351,6 +342,7 @@ class Data(NamedTuple):
     mean_std: tuple     # (mean, std) of the training pixels in [0,1], by channel
     augment: bool       # whether a shifted or mirrored image still shows the same thing
     source: str         # what this is, in words
+    note: str = ""      # what it can show and what not, for the report
 
 
 def to_pixels(x):
@@ -375,7 +367,6 @@ def crop_and_flip(x, pad=4):
 
 
 # == 6. The training loop, the same for every method ============================================================
-
 
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
               "adam": partial(torch.optim.Adam, weight_decay=5e-4),
@@ -496,7 +487,6 @@ def evaluate(model, data, attacks=ATTACKS, *, steps=10, restarts=1, batch_size=5
 # A first reading ends here.
 
 # == 8. Why it works: the simplified model of [2] ===============================================================
-#
 #    y is +1 or -1. One robust feature, x_1 = y with probability p, else -y; n non-robust ones, Normal(eta y, 1), eta
 #    small. The classifier sign(w x_1 + x_2 + .. + x_{n+1}) has one weight, its trust in the robust feature.
 #        standard   max_w A(w)                         w_ST  = ln(p/(1-p)) / (2 eta)
@@ -540,9 +530,8 @@ class OneWeight(nn.Module):
     """The classifier of the simplified model as a network, so that the steps of section 3 can train it.
 
     It takes pixels x_i/40 + 1/2, all turned to y = +1 (label 0), and reads the sign of x_1, which no eps changes.
-    Its cross-entropy is 1 + the expected share of errors when each score is blurred by Normal(0, n/2). In return the
-    data's non-robust features have half their variance: together they are the model, exactly, and the share of errors
-    has a gradient.
+    Its cross-entropy is 1 + the expected share of errors when each score is blurred by Normal(0, n/2), so that it has a
+    gradient. In return the data's non-robust features have half their variance: together they are the model, exactly.
     """
 
     def __init__(self, n):
@@ -557,14 +546,12 @@ class OneWeight(nn.Module):
 
     def worst(self, x, y):
         """The inner maximum of SAM itself, not to first order: the ascent to the worse of w + rho and w - rho."""
+        def loss(w):
+            return F.cross_entropy(torch.func.functional_call(self, {"w": w}, x), y).item()
+
         def ascend(weights, grads, rho):
-            there = [weights[0] + rho, weights[0] - rho]
-            losses = []
-            for self.w.data in there:
-                with torch.no_grad():
-                    losses.append(float(F.cross_entropy(self(x), y)))
-            self.w.data = weights[0]
-            return [there[losses[1] > losses[0]] - weights[0]]
+            w, = weights
+            return [max(w + rho, w - rho, key=loss) - w]
         return ascend
 
 
@@ -598,20 +585,16 @@ def theory(p=0.9, eta=0.5, n=10, radii=(0.5, 1.0, 2.0)):
     w_ST and w_SAM, and ends at w_ST. On small batches the side is a coin's, and it ends where
     L'(w + rho) + L'(w - rho) = 0, at w_ST (1 + rho^2/n): three times the shift.
     """
-    def best(gain):
-        return maximiser(gain, 0.0, 4 * w_standard(p, eta) + 4 * math.sqrt(n))
+    A, st, rho = partial(simple_accuracy, p=p, eta=eta, n=n), w_standard(p, eta), radii[-1]
 
     def row(training, radius, closed, gain, step, **how):
-        return {"training": training, "radius": radius, "closed_form": closed, "numerical": best(gain),
+        return {"training": training, "radius": radius, "closed_form": closed,
+                "numerical": maximiser(gain, 0.0, 4 * st + 4 * math.sqrt(n)),
                 "trained": trained_w(step, p, eta, n, **how)}
-
-    def A(w, eta=eta):
-        return simple_accuracy(w, p, eta, n)
 
     def worst_step(model, x, y, optimizer, rho):
         return sam_step(model, x, y, optimizer, rho, ascend=model.worst(x, y))
 
-    st, rho = w_standard(p, eta), radii[-1]
     rows = [row("sgd", 0.0, st, A, sgd_step, updates=30)]
     for eps in (eps_like(r, eta, n) for r in radii):
         step = partial(at_step, eps=eps / 40, steps=2, step_size=eps / 40)  # from any start it reaches the corner
@@ -629,10 +612,9 @@ def run_theory(s):
     """Print the table of theory() and draw its picture; returns the rows."""
     p, eta, n = 0.9, 0.5, 10
     rows = theory(p, eta, n)
-    print(f"weight on the robust feature, p = {p}, eta = {eta}, n = {n}\n" + align(
-        [["training", "radius", "closed form", "numerical", "trained"]] +
-        [[r["training"], f"{r['radius']:.3f}", *(f"{r[k]:.3f}" for k in ("closed_form", "numerical", "trained"))]
-         for r in rows]))
+    cells = [[name, *(f"{value:.3f}" for value in values)] for name, *values in map(dict.values, rows)]
+    print(f"weight on the robust feature, p = {p}, eta = {eta}, n = {n}")
+    print(align([["training", "radius", "closed form", "numerical", "trained"], *cells]))
     save_picture("theory.png", draw_theory, rows, p, eta, n)
     return rows
 
@@ -640,15 +622,14 @@ def run_theory(s):
 def draw_theory(pyplot, rows, p, eta, n):
     """The weight on the robust feature against eps and against rho."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    eps, rho = [0.0025 * k for k in range(61)], [0.05 * k for k in range(61)]
-    worst = [maximiser(lambda w, r=r: min(simple_accuracy(w - r, p, eta, n), simple_accuracy(w + r, p, eta, n)), 0, 30)
-             for r in rho]
-    for axis, kind, name, radii, exact, leading in (
-            (axes[0], "at", "AT's eps", eps, [w_standard(p, eta - r) for r in eps], lambda r: 1 + r / eta),
-            (axes[1], "sam (worst)", "SAM's rho", rho, worst, lambda r: 1 + r ** 2 / (3 * n))):
-        colour = COLOURS[kind.split()[0]]
-        axis.plot(radii, exact, color=colour, label="optimum")
-        axis.plot(radii, [w_standard(p, eta) * leading(r) for r in radii], "--", color="grey", label="leading order")
+    A, st = partial(simple_accuracy, p=p, eta=eta, n=n), w_standard(p, eta)
+    for axis, kind, name, most, exact, leading in (
+            (axes[0], "at", "AT's eps", 0.15, lambda r: w_standard(p, eta - r), lambda r: st * (1 + r / eta)),
+            (axes[1], "sam (worst)", "SAM's rho", 3.0, lambda r: maximiser(lambda w: min(A(w - r), A(w + r)), 0, 30),
+             partial(w_sam, p, eta, n))):
+        colour, radii = COLOURS[kind.split()[0]], [most * k / 60 for k in range(61)]
+        axis.plot(radii, [exact(r) for r in radii], color=colour, label="optimum")
+        axis.plot(radii, [leading(r) for r in radii], "--", color="grey", label="leading order")
         axis.plot(*zip(*[(r["radius"], r["trained"]) for r in rows if r["training"] in (kind, "sgd")]), "o", mfc="none",
                   color=colour, label="trained")
         axis.set(xlabel=f"{name} ({'first' if kind == 'at' else 'second'} order)", ylabel="weight on the feature")
@@ -657,7 +638,6 @@ def draw_theory(pyplot, rows, p, eta, n):
 
 
 # == 9. The duality, measured on trained networks ===============================================================
-#
 #    SAM makes the loss flat around the weights, AT around the inputs. Does the one bring the other?
 
 
@@ -686,29 +666,20 @@ def rise_in_inputs(model, x, y, eps, norm, draws=5):
 
 
 def hidden(model, x):
-    """The outputs of the network's layers, a list of (name, features) with features (N, ..)."""
-    found = []
-
-    def keep(layer, _, out, name):
-        found.append((name, out))
-
-    hooks = [layer.register_forward_hook(partial(keep, name=f"{i} {type(layer).__name__}"))
-             for i, layer in enumerate(model.net.children())]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    """The outputs of the network's layers, {name: features} with features (N, ..)."""
+    found = {}
+    with ExitStack() as hooks, torch.no_grad():
+        for i, layer in enumerate(model.net.children()):
+            def keep(layer, _, out, i=i):
+                found[f"{i} {type(layer).__name__}"] = out
+            hooks.enter_context(layer.register_forward_hook(keep))
+        model(x)
     return found
 
 
 def feature_shifts(model, x, y, rho, eps, norm):
-    """Layer by layer, how far the features move: rows {"layer", "weights", "inputs"}.
-
-    |h(w + v; x) - h(w; x)| / |h(w; x)| with v SAM's ascent, and the same for h(w; x + delta) under PGD; means over
-    images.
-    """
+    """Layer by layer, |h(w + v; x) - h(w; x)| / |h(w; x)| with v SAM's ascent, and the same for h(w; x + delta) under
+    PGD; means over images: rows {"layer", "weights", "inputs"}."""
     here, attacked = hidden(model, x), hidden(model, pgd(model, x, y, eps, norm=norm))
     backward(model, x, y)
     with perturbed(model, rho):
@@ -718,8 +689,8 @@ def feature_shifts(model, x, y, rho, eps, norm):
     def shift(a, b):
         return float((l2_norm(b - a) / l2_norm(a).clamp_min(1e-12)).mean())
 
-    return [{"layer": name, "weights": shift(h, m), "inputs": shift(h, a)}
-            for (name, h), (_, m), (_, a) in zip(here, moved, attacked)]
+    return [{"layer": name, "weights": shift(h, moved[name]), "inputs": shift(h, attacked[name])}
+            for name, h in here.items()]
 
 
 def run_sharpness(s, rhos=(0.05, 0.1, 0.2, 0.4), radii=(0.5 / 255, 1 / 255, 2 / 255, 4 / 255), most=1000):
@@ -765,7 +736,6 @@ def draw_sharpness(pyplot, rows, rhos, radii, norm):
 
 # == 10. Variants: more ascents, networks and attacks ============================================================
 
-
 def adaptive_ascent(weights, grads, rho, eta=0.01):
     """ASAM: v = rho * T^2 g/|T g|_2 with T = |w| + eta, elementwise, and T = 1 on biases and normalisation layers.
 
@@ -780,9 +750,7 @@ def adaptive_ascent(weights, grads, rho, eta=0.01):
 
 def layerwise_ascent(weights, grads, gamma):
     """AWP: v = gamma * |w| * g/|g|, layer by layer; biases and normalisation layers stay (Wu et al. 2020, section 4.2).
-
-    AWP is sam_step on attacked images with this ascent.
-    """
+    AWP is sam_step on attacked images with this ascent."""
     return [g * (gamma * w.norm() / g.norm().clamp_min(1e-12)) if w.ndim > 1 else torch.zeros_like(g)
             for w, g in zip(weights, grads)]
 
@@ -791,8 +759,7 @@ def esam_step(model, x, y, optimizer, rho, *, beta=0.5, gamma=0.5):
     """ESAM, a cheaper SAM (Du et al. 2022, algorithm 1). At beta = gamma = 1 it is SAM.
 
     A weight tensor ascends with probability beta (one at least does), by rho/beta in all, as in its authors' code; the
-    first pass needs no gradient for the others. The second gradient is that of the share gamma of the images whose loss
-    the ascent raised most.
+    others need no first gradient. The second is of the share gamma of the images whose loss the ascent raised most.
     """
     weights = list(model.parameters())
     draws = torch.rand(len(weights))
@@ -809,8 +776,7 @@ def esam_step(model, x, y, optimizer, rho, *, beta=0.5, gamma=0.5):
 
 
 def wide_resnet28_10(num_classes, width=16):
-    """WRN-28-10 (Zagoruyko and Komodakis 2016): 3 stages of 4 blocks, ten times as wide; 36,479,194 parameters at 10
-    classes."""
+    """WRN-28-10 (Zagoruyko and Komodakis 2016), ten times as wide; 36,479,194 parameters at 10 classes."""
     return preact_resnet(num_classes, width, (10 * width, 20 * width, 40 * width), blocks=4)
 
 
@@ -832,11 +798,10 @@ def margin(logits, y):
 
 
 def outside(model, x, y, *, attack, norm=None, eps=None, seed=0):
-    """Indices of the images that an attack of torchattacks leaves classified right; cf. withstands.
+    """Indices of the images that `attack`, a class of torchattacks by name, leaves classified right; cf. withstands.
 
-    attack   the name of its class. It gets the norm, eps, seed and number of classes if it takes them, pixels in [0,1]
-             and the model with its normalisation inside. What leaves [0,1], or the ball where there is a norm, is put
-             back. Raises BadInput if the attack fails.
+    It gets the norm, eps, seed and number of classes if it takes them. What leaves [0,1], or the ball where there is a
+    norm, is put back. Raises BadInput if the attack fails.
     """
     if not len(x):
         return torch.arange(0)
@@ -871,11 +836,8 @@ def outside_class(name):
 
 
 def corrupted(model, directory):
-    """Accuracy on CIFAR-10-C (Hendrycks and Dietterich 2019): {corruption: [percent at severity 1, .., 5]}.
-
-    directory  labels.npy (5 n,) and NAME.npy (5 n, 32, 32, 3) uint8, the severities one after another.
-    Raises BadInput where a file is missing or of another shape.
-    """
+    """Accuracy on CIFAR-10-C (Hendrycks and Dietterich 2019): {corruption: [percent at severity 1, .., 5]}. Its folder
+    has labels.npy (5 n,) and NAME.npy (5 n, 32, 32, 3) uint8, severity by severity. Raises BadInput if it does not."""
     import numpy  # comes with torchvision
     directory, accuracy = Path(directory), {}
     device = next(model.parameters()).device
@@ -896,27 +858,23 @@ def corrupted(model, directory):
 
 # == 11. Where the data comes from ===============================================================================
 
-
 class BadInput(Exception):
     """Something the user gave cannot be used. The message is the one line that they see."""
 
 
 def demo_data(n_train=4000, n_test=1000, *, classes=10, p=0.9, texture=(2 / 255, 4 / 255), coarse=0.075, noise=0.08,
               seed=0):
-    """The simplified model of [2], drawn as images. It is built to contain both kinds of features: it can illustrate
-    the claims, not prove them.
+    """The simplified model of [2], drawn as images: made of both kinds of features, it illustrates and proves nothing.
 
     Image of class y:  1/2 + coarse pattern of y (with probability 1-p of another class) + texture of y + noise.
     The robust feature is the coarse pattern: 4x4 colours stretched over the image, of root-mean-square `coarse`,
-    too large for an attack of a few /255, but wrong in a share 1-p of the images.
-    The non-robust features are the texture: each pixel of a class off by 2/255 to 4/255, up or down. It is right
-    always, and an attack of its own size wipes it out. The noise is Gaussian, pixel by pixel.
+    too large for an attack of a few /255, but wrong in a share 1-p of the images. The non-robust ones are the texture:
+    each pixel off by 2/255 to 4/255, up or down, always right, and wiped out by an attack of its own size.
     """
     rng = torch.Generator().manual_seed(seed)
     coarse_of = F.interpolate(torch.randn(classes, 3, 4, 4, generator=rng), size=32, mode="bilinear")
     coarse_of *= coarse / coarse_of.pow(2).mean((1, 2, 3), keepdim=True).sqrt()
-    low, high = texture
-    texture_of = torch.empty(classes, 3, 32, 32).uniform_(low, high, generator=rng)
+    texture_of = torch.empty(classes, 3, 32, 32).uniform_(*texture, generator=rng)
     texture_of *= torch.randn(texture_of.shape, generator=rng).sign()
     n = n_train + n_test
     y = torch.randint(classes, (n,), generator=rng)
@@ -964,10 +922,9 @@ def load_folder(directory):
         raise BadInput(f"{directory}: no such folder; --data-dir names one with train/CLASS/ and test/CLASS/ in it")
     train = image_folder(directory / "train")
     test = image_folder(directory / ("test" if (directory / "test").is_dir() else "val"))
-    if test.classes != train.classes:
-        odd = min(set(train.classes) ^ set(test.classes))
-        raise BadInput(f"{directory}: train and {Path(test.root).name} differ in their classes: {odd!r} is in one of "
-                       "them only")
+    if odd := set(train.classes) ^ set(test.classes):
+        raise BadInput(f"{directory}: train and {Path(test.root).name} differ in their classes: {min(odd)!r} is in one "
+                       "of them only")
     return read_images(directory, train, test.samples)
 
 
@@ -1000,59 +957,47 @@ def read_images(directory, train, test):
 
     def read(path):
         try:
-            image = train.loader(path)
-            return TF.pil_to_tensor(image if image.size == (32, 32) else TF.resize(image, [32, 32]))
+            return TF.pil_to_tensor(TF.resize(train.loader(path), [32, 32]))
         except Exception as error:  # PIL raises half a dozen classes for a bad file
             raise BadInput(f"{path}: not a readable image ({first_line(error)})") from None
 
     with ThreadPoolExecutor() as pool:
         x, x_test = (torch.stack(list(pool.map(read, [path for path, _ in part]))) for part in (train.samples, test))
     y, y_test = (torch.tensor([target for _, target in part]) for part in (train.samples, test))
+    about = directory / "SOURCE.txt"  # may say in its first line what this is, in the others what it can show
+    name, *note = about.read_text().splitlines() if about.exists() else [directory.resolve().name]
     return Data(x, y, x_test, y_test, len(train.classes), mean_std_of(x), True,
-                f"{directory} ({len(y)} training and {len(y_test)} test images of {len(train.classes)} classes)")
+                f"{name} ({len(y)} training and {len(y_test)} test images of {len(train.classes)} classes)", " ".join(note))
 
 
 def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-DATASETS = "demo", "cifar10", "cifar100", "tiny-imagenet", "folder"  # the last two are read from --data-dir
+DATASETS = {"demo": lambda directory: demo_data(), "cifar10": partial(load_cifar, "cifar10"),
+            "cifar100": partial(load_cifar, "cifar100"), "tiny-imagenet": load_tiny_imagenet, "folder": load_folder}
 
 
 def load_data(name, directory):
-    """The data set of that name, one of DATASETS. Raises BadInput if it cannot be had."""
-    if name == "demo":
-        return demo_data()
-    if name.startswith("cifar"):
-        return load_cifar(name, directory)
-    return load_tiny_imagenet(directory) if name == "tiny-imagenet" else load_folder(directory)
+    """The data set of that name; the last two of DATASETS are the user's. Raises BadInput if it cannot be had."""
+    return DATASETS[name](directory)
 
 
 # == 12. What a step costs =======================================================================================
-#
 #    In passes, with a forward pass F and a backward pass of twice that (F for the inputs, F for the weights):
 #        SGD   3 F                SAM   6 F, twice SGD                AT   K (F + F) + 3 F, 1 + 2K/3 times SGD
 
 
 def time_of(call, device, seconds=15, least=5, most=50):
     """Median wall time of call() in seconds, synchronised, after two calls to warm up."""
-    times, sync = [], torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for i in range(2 + most):
+    times, sync = [], torch.get_device_module(device).synchronize
+    while len(times) < 2 + least or (len(times) < 2 + most and sum(times) <= seconds):
         sync()
         start = time.perf_counter()
         call()
         sync()
         times.append(time.perf_counter() - start)
-        if i >= 1 + least and sum(times) > seconds:
-            break
     return median(times[2:])
-
-
-def matmul_rate(device, dtype):
-    """Floating-point operations a second of a large matrix product, measured."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n ** 3 / time_of(partial(torch.matmul, a, b), device, seconds=5)
 
 
 def peak_mb(device, reset=False):
@@ -1071,8 +1016,10 @@ def peak_mb(device, reset=False):
 def run_benchmark(s):
     """Time a step of each method (SGD always, for the ratio) on random pixels; print the table and return its rows."""
     from torch.utils.flop_counter import FlopCounterMode
-    dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
-    rate, rows = matmul_rate(s.device, dtype), []
+    n, dtype = 8192 if s.device.type == "cuda" else 2048, torch.bfloat16 if s.precision == "bf16" else torch.float32
+    matrices = torch.randn(2, n, n, device=s.device).to(dtype)
+    rate, rows = 2 * n ** 3 / time_of(partial(torch.matmul, *matrices), s.device, seconds=5), []
+    del matrices  # no step needs them: they must not count in its peak memory
     x, y = torch.rand(s.batch_size, 3, 32, 32, device=s.device), torch.randint(10, (s.batch_size,), device=s.device)
     x = x.contiguous(memory_format=torch.channels_last)
     print(f"{s.model}, batch {s.batch_size}, {device_name(s.device)}, {s.precision}, torch {torch.__version__}; "
@@ -1105,7 +1052,6 @@ def device_name(device):
 
 
 # == 13. More than one device: torchrun =========================================================================
-#
 #    torchrun starts N processes with this file, each with a device and a copy of the network. All draw the same batches
 #    and crops, each takes its share, and DistributedDataParallel averages the gradients: global batch, recipe and
 #    checkpoints are those of one process. SAM's first gradient stays on its device by default: each share of the batch
@@ -1177,7 +1123,6 @@ def wait_for_first(model=None):
 
 
 # == 14. Runs ===================================================================================================
-#
 #    A folder each, with a record and a checkpoint. A run killed at any moment goes on as if it had not been.
 
 
@@ -1233,8 +1178,7 @@ def write_whole(path, content):
     """Write a text or a checkpoint whole or not at all."""
     if rank():
         return
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = Path(f"{path}.part")
     if isinstance(content, str):
         part.write_text(content)
     else:
@@ -1273,12 +1217,11 @@ def save_record(folder, record):
     write_whole(folder / "record.json", json.dumps(record, indent=1) + "\n")
 
 
-def random_states(device, states=None):
+def random_states(device, states=()):
     """Torch's random states, read or set: [CPU's, and the device's]."""
-    devices = [torch] + {"cuda": [torch.cuda], "mps": [torch.mps]}.get(device.type, [])
-    if states:
-        for d, state in zip(devices, states):
-            d.set_rng_state(state)
+    devices = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+    for d, state in zip(devices, states):
+        d.set_rng_state(state)
     return [d.get_rng_state() for d in devices]
 
 
@@ -1312,7 +1255,7 @@ def run_method(method, s, data):
         print(f"{label}  goes on after epoch {len(log)}/{s.epochs}, from {checkpoint}", flush=True)
     machine = device_name(s.device) + (f" x {world()}" if world() > 1 else "")
     record = {"name": folder.name, "settings": settings, "command": command_of(settings, attack), "data": data.source,
-              "test_images": len(data.x_test), "machine": machine, "torch": torch.__version__, "log": log,
+              "data_note": data.note, "test_images": len(data.x_test), "machine": machine, "torch": torch.__version__, "log": log,
               "finished": False}
     folder.mkdir(parents=True, exist_ok=True)
     terminal = sys.stdout.isatty()
@@ -1341,11 +1284,10 @@ def run_method(method, s, data):
 
 
 def load_model(path, data, device):
-    """A checkpoint and its model, ready to be attacked on the data. Raises BadInput if the two do not fit."""
+    """A checkpoint and its model, ready to be attacked. Raises BadInput if it does not fit the data, unless None."""
     state = load_checkpoint(path)
-    settings = state["settings"]
-    if data.num_classes != settings["classes"]:
-        raise BadInput(f"{path} tells {settings['classes']} classes apart, the data has {data.num_classes}")
+    if data and data.num_classes != (classes := state["settings"]["classes"]):
+        raise BadInput(f"{path} tells {classes} classes apart, the data has {data.num_classes}")
     return state, model_of(state).to(device).eval()
 
 
@@ -1373,8 +1315,7 @@ def doubts(model, data, attacks, steps, restarts, seed, most=200):
     On up to 200 of the images: five times the steps and a restart more must not fool over a point more, l-inf 1/2 (any
     image can become grey) must reach chance, and one step must not fool over a point more than many.
     """
-    every = range(0, len(data[0]), -(-len(data[0]) // most))
-    data = tuple(t[list(every)] for t in data)
+    data = [t[::math.ceil(len(t) / most)] for t in data]
     chance, found = 100 * float(data[1].bincount().max()) / len(data[1]), []
     run = partial(evaluate, model, data, seed=seed)
     names = [name for name in attacks if name.split()[0] in ("linf", "l2")]
@@ -1447,10 +1388,8 @@ def grouped(records, key=lambda r: label_of(r["settings"])):
 
 
 def mean_and_error(runs, attack):
-    """Accuracy in percent, "clean" or under an attack: mean over seeds, standard deviation, error of the mean.
-
-    The error is the larger of the seeds', deviation / sqrt(seeds), and the test set's, sqrt(a (100 - a) / images).
-    """
+    """Accuracy in percent, "clean" or under an attack: mean over seeds, standard deviation, error of the mean, which is
+    the larger of the seeds', deviation / sqrt(seeds), and the test set's, sqrt(a (100 - a) / images)."""
     values = [r["clean"] if attack == "clean" else r["robust"][attack] for r in runs]
     a, deviation = fmean(values), stdev(values) if len(values) > 1 else 0.0
     return a, deviation, max(deviation / math.sqrt(len(values)), math.sqrt(a * (100 - a) / runs[0]["test_images"]))
@@ -1555,94 +1494,81 @@ COLOURS = {"sgd": "#000000", "sam": "#0072B2", "asam": "#56B4E9", "esam": "#009E
 def need_pyplot():
     """matplotlib's pyplot, set up; raises BadInput without it."""
     try:
-        import matplotlib
         from matplotlib import pyplot
     except ImportError:
         raise BadInput("pictures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "savefig.dpi": 110,
-                                "savefig.bbox": "tight"})
+    pyplot.switch_backend("Agg")
+    pyplot.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "savefig.dpi": 110,
+                            "savefig.bbox": "tight"})
     return pyplot
 
 
-def save_picture(name, draw, *arguments):
-    """Save draw(pyplot, ..) as results/NAME; without matplotlib, print a line that says so."""
+def save_picture(name, draw, *arguments, title=""):
+    """Save draw(pyplot, ..), if it draws one, as results/NAME; without matplotlib, print a line that says so."""
     try:
         pyplot = need_pyplot()
     except BadInput as error:
         print(f"no picture: {error}")
         return
-    figure, path = draw(pyplot, *arguments), RECORDS.parent / name
-    RECORDS.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
-    print(path)
+    if figure := draw(pyplot, *arguments):
+        RECORDS.parent.mkdir(exist_ok=True)
+        figure.suptitle(title)
+        figure.savefig(RECORDS.parent / name)
+        pyplot.close(figure)
+        print(RECORDS.parent / name)
 
 
 def run_pictures(s):
     """Draw results/*.png from the records, and from the checkpoints that are there. Needs matplotlib."""
-    pyplot = need_pyplot()
-    tables = grouped(gather_records(s.runs), setting_of)
-    RECORDS.parent.mkdir(exist_ok=True)
-    for runs in tables.values():
+    need_pyplot()
+    for setting, runs in grouped(gather_records(s.runs), setting_of).items():
         settings = runs[0]["settings"]
         title = f"{runs[0]['data'].split(' (')[0]}, {settings['model']}, {settings['epochs']} epochs"
         name = "-".join(str(settings[key]) for key in ("dataset", "model", "width", "epochs") if settings[key])
-        name += "-" + hashlib.sha256(repr(setting_of(runs[0])).encode()).hexdigest()[:4]  # or another recipe's picture
+        name += "-" + hashlib.sha256(repr(setting).encode()).hexdigest()[:4]  # or it would be another recipe's picture
         for draw in draw_tradeoff, draw_curves, draw_attacked:
-            if figure := draw(s, runs):
-                figure.suptitle(title)
-                path = RECORDS.parent / f"{draw.__name__.removeprefix('draw_')}-{name}.png"
-                figure.savefig(path)
-                pyplot.close(figure)
-                print(path)
+            save_picture(f"{draw.__name__.removeprefix('draw_')}-{name}.png", draw, s, runs, title=title)
     return []
 
 
-def draw_tradeoff(s, runs):
+def draw_tradeoff(pyplot, s, runs):
     """Clean against robust accuracy, a panel for each attack, a point for each run, its radius beside it."""
-    from matplotlib import pyplot as plt
     attacks = list(runs[0]["robust"])
     markers = dict(zip(METHODS, [("o", 30), ("^", 60), (">", 60), ("v", 60), ("s", 110), ("D", 90), ("p", 120)]))
     rows = -(-len(attacks) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.5 * rows), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(rows, 2, figsize=(10, 3.5 * rows), sharey=True, squeeze=False, layout="constrained")
     for axis, attack in zip(axes.flat, attacks):
         axis.set(xlabel=f"accuracy under {attack}, %", ylabel="clean accuracy, %")
+        for method, of_method in grouped(runs, lambda r: r["settings"]["method"]).items():
+            marker, size = markers[method]
+            axis.scatter([r["robust"][attack] for r in of_method], [r["clean"] for r in of_method], marker=marker,
+                         s=size, facecolors="none", edgecolors=COLOURS[method], linewidths=1.5, label=method.upper())
         points = grouped(runs, lambda r, attack=attack: (r["robust"][attack], r["clean"]))  # runs on one share a label
         for at, here in points.items():
-            for method in {r["settings"]["method"] for r in here}:
-                marker, size = markers[method]
-                axis.scatter(*at, marker=marker, s=size, facecolors="none", edgecolors=COLOURS[method], linewidths=1.5)
             label = ", ".join(dict.fromkeys(label_of(r["settings"]).partition(" ")[2] for r in here))
             right = at[0] > fmean(axis.get_xlim())
             axis.annotate(textwrap.fill(label, 40), at, textcoords="offset points", xytext=(-7 if right else 7, 7),
                           fontsize=7, ha="right" if right else "left")
-    axes[0][0].legend(fontsize=9, handles=[plt.Line2D([], [], ls="", marker=markers[m][0], mfc="none", mec=COLOURS[m],
-                                                      label=m.upper()) for m in METHODS
-                                               if any(r["settings"]["method"] == m for r in runs)])
+    axes[0][0].legend(fontsize=9)
     return figure
 
 
-def draw_curves(s, runs):
+def draw_curves(pyplot, s, runs):
     """Training loss and accuracy by epoch, the first seed of each row; paler lines are larger radii."""
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    rows = grouped(runs)
-    for label, of_label in rows.items():
-        method = label.split()[0]
-        alike = [other for other in rows if other.split()[0] == method]
-        for axis, quantity, unit in zip(axes, ("loss", "accuracy"), ("nats", "%")):
-            epochs, values = zip(*((row["epoch"], row[quantity]) for row in of_label[0]["log"]))
-            paler = 1 - 0.7 * alike.index(label) / len(alike)
-            axis.plot(epochs, values, color=COLOURS[method], alpha=paler, label=label)
-            axis.set(xlabel="epoch", ylabel=f"training {quantity}, {unit}")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    for method, of_method in grouped(runs, lambda r: r["settings"]["method"]).items():
+        rows = grouped(of_method)
+        for i, (label, (first, *_)) in enumerate(rows.items()):
+            for axis, quantity, unit in (axes[0], "loss", "nats"), (axes[1], "accuracy", "%"):
+                axis.plot([row["epoch"] for row in first["log"]], [row[quantity] for row in first["log"]], label=label,
+                          color=COLOURS[method], alpha=1 - 0.7 * i / len(rows))
+                axis.set(xlabel="epoch", ylabel=f"training {quantity}, {unit}")
     axes[1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def draw_attacked(s, runs, eps=8 / 255, shown=4):
+def draw_attacked(pyplot, s, runs, eps=8 / 255, shown=4):
     """Images, and for one model of each method that left a checkpoint: attacked, and delta enlarged. Or None."""
-    from matplotlib import pyplot as plt
     settings, found = runs[0]["settings"], {}
     for r in runs:
         if (path := Path(s.runs) / r["name"] / "checkpoint.pt").exists():
@@ -1658,7 +1584,7 @@ def draw_attacked(s, runs, eps=8 / 255, shown=4):
         x_adv = pgd(model, x, y, eps, random_start=False)
         columns += [(f"{label_of(state['settings'])},\nunder linf {show_radius(eps)}", x_adv),
                     (f"its delta,\nx {0.5 / eps:.0f}", (0.5 + (x_adv - x) / (2 * eps)).clamp(0, 1))]
-    figure, axes = plt.subplots(shown, len(columns), figsize=(1.6 * len(columns), 1.6 * shown + 0.8))
+    figure, axes = pyplot.subplots(shown, len(columns), figsize=(1.6 * len(columns), 1.6 * shown + 0.8))
     for j, (name, images) in enumerate(columns):
         axes[0][j].set_title(name, fontsize=9)
         for axis, image in zip(axes[:, j], images):
@@ -1716,11 +1642,8 @@ class BadRadius(ValueError, argparse.ArgumentTypeError):
 
 
 def parse_attack(name):
-    """"linf 8/255" or "l2 0.5 margin" -> arguments of withstands; "fgsm" is "fgsm 8/255", one full step.
-
-    "autoattack l2 0.5", "square 8/255", "torchattacks:BIM" and so on -> arguments of outside; the norm and the radius
-    may be left out. Raises ValueError.
-    """
+    """"linf 8/255", "l2 0.5 margin", "fgsm" (8/255, one full step) -> arguments of withstands; "autoattack l2 0.5",
+    "square 8/255", "torchattacks:BIM" or so, norm and radius optional -> arguments of outside. Raises ValueError."""
     kind, *rest = name.split() or [""]
     if kind in OUTSIDE or kind.startswith("torchattacks:"):
         attack = OUTSIDE.get(kind, kind.partition(":")[2])
@@ -1915,12 +1838,10 @@ def check_json(path):
     """Refuse now what could not be written after hours of training, and what --json did not write."""
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
         raise BadInput(f"--json {path}: cannot write there")
-    try:
-        ours = not path.exists() or not path.read_text() or isinstance(json.loads(path.read_text()), list)
-    except (OSError, ValueError):
-        ours = False
-    if not ours:
-        raise BadInput(f"--json {path}: this file is there, and --json did not write it; name another")
+    with suppress(OSError, ValueError):
+        if not path.exists() or not path.read_text() or isinstance(json.loads(path.read_text()), list):
+            return
+    raise BadInput(f"--json {path}: this file is there, and --json did not write it; name another")
 
 
 def show_results(records, s):
@@ -1965,14 +1886,12 @@ def run_training(s):
 def run_eval(s):
     """Attack a saved model, or show it corrupted images; print a table and return its rows."""
     if s.corruptions:
-        state = load_checkpoint(s.eval)
-        model = model_of(state).to(s.device).eval()
-        rows = [{"corruption": name, "severity": five, "mean": fmean(five)}
-                for name, five in corrupted(model, s.corruptions).items()]
-        print(f"{s.eval}: {label_of(state['settings'])}, accuracy in percent by severity\n" + align(
-            [["corruption", *"12345", "mean"]] + [[r["corruption"], *(f"{a:.1f}" for a in (*r["severity"], r["mean"]))]
-                                                  for r in rows]))
-        return rows
+        state, model = load_model(s.eval, None, s.device)
+        found = corrupted(model, s.corruptions)
+        cells = [[name, *(f"{a:.1f}" for a in (*five, fmean(five)))] for name, five in found.items()]
+        print(f"{s.eval}: {label_of(state['settings'])}, accuracy in percent by severity")
+        print(align([["corruption", *"12345", "mean"], *cells]))
+        return [{"corruption": name, "severity": five, "mean": fmean(five)} for name, five in found.items()]
     data = load_data(s.dataset, s.data_dir)
     state, model = load_model(s.eval, data, s.device)
     print(f"{s.eval}: {label_of(state['settings'])} after {len(state['log'])} epochs; data: {data.source}", flush=True)
