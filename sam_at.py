@@ -1236,12 +1236,12 @@ def run_method(method, s, data):
         for path in record_file, checkpoint, folder / "epochs.csv":
             path.unlink(missing_ok=True)
     wait_for_first()
-    attack = {"attacks": s.attacks, "eval_steps": s.eval_steps, "restarts": s.restarts}
-    if record_file.exists():
-        record = load_record(record_file)
-        if record["finished"] and record["evaluation"] == attack:
+    attack, more = evaluation_of(s), []
+    if record_file.exists() and (record := load_record(record_file))["finished"]:
+        if record["evaluation"] == attack:
             print(f"{label}  finished before; reported from {record_file} (--fresh trains again)", flush=True)
             return record
+        more = evaluations(record)  # what was measured stays in the record
     state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
 
     model, fast = build(s, data.num_classes, data.mean_std)
@@ -1277,10 +1277,21 @@ def run_method(method, s, data):
               f"{len(data.x) / row['seconds']:.0f} images/s  {timedelta(seconds=round(left))} left", flush=True)
 
     record |= assess(model, data, s)  # the plain model, not the compiled one: the batches shrink
-    record |= {"evaluation": attack, "seconds": sum(r["seconds"] for r in log), "date": time.strftime("%Y-%m-%d"),
-               "weights_sha256": sha256(model.state_dict().values()), "finished": True}
+    record |= {"more": [e for e in more if e["evaluation"] != attack], "seconds": sum(r["seconds"] for r in log),
+               "date": time.strftime("%Y-%m-%d"), "weights_sha256": sha256(model.state_dict().values()),
+               "finished": True}
     save_record(folder, record)
     return record
+
+
+def keep_evaluation(path, settings, data, found):
+    """Add an evaluation to the record of its run, if the record is there and the data is the run's own."""
+    ours = settings["data_sha256"] == sha256([data.x, data.y, data.x_test, data.y_test])
+    if ours and path.exists() and (record := load_record(path))["finished"] and record["settings"] == settings:
+        others = [e for e in evaluations(record)[1:] if e["evaluation"] != found["evaluation"]]
+        record["more"] = others + [found] * (found["evaluation"] != record["evaluation"])
+        save_record(path.parent, record)
+        print(f"kept in {path}")
 
 
 def load_model(path, data, device):
@@ -1299,32 +1310,51 @@ def model_of(state):
     return model
 
 
+def evaluation_of(s):
+    """What the settings ask of an evaluation. Two are the same if these are the same."""
+    asked = {"attacks": s.attacks, "eval_steps": s.eval_steps, "restarts": s.restarts}
+    return asked | ({"images": s.images} if s.images else {})
+
+
+def evaluations(record):
+    """All that was measured of a run: first at its end, then with --eval."""
+    return [{key: record[key] for key in ("evaluation", "clean", "robust", "warnings")}, *record.get("more", [])]
+
+
+def spaced(tensors, most):
+    """At most that many rows of each, evenly spaced; all of them for None."""
+    n = len(tensors[0])
+    pick = torch.arange(min(n, most or n), device=tensors[0].device) * n // min(n, most or n)
+    return [t[pick] for t in tensors]
+
+
 def assess(model, data, s):
-    """What a record says of a trained model: {"clean", "robust", "warnings"}."""
-    test = data.x_test.to(s.device), data.y_test.to(s.device)
+    """What a record says of a trained model: {"evaluation", "clean", "robust", "warnings"}."""
+    test = spaced([data.x_test.to(s.device), data.y_test.to(s.device)], s.images)
     try:
         result = evaluate(model, test, s.attacks, steps=s.eval_steps, restarts=s.restarts, seed=s.seed)
     except ValueError as error:
         raise Diverged(f"{error}: training went wrong; try a smaller --lr") from None
-    return result | {"warnings": doubts(model, test, s.attacks, s.eval_steps, s.restarts, s.seed)}
+    return {"evaluation": evaluation_of(s), **result,
+            "warnings": doubts(model, test, s.attacks, s.eval_steps, s.restarts, s.seed)}
 
 
 def doubts(model, data, attacks, steps, restarts, seed, most=200):
     """Reasons to doubt an evaluation, as sentences; the checks that Carlini et al. (2019) ask for.
 
-    On up to 200 of the images: five times the steps and a restart more must not fool over a point more, l-inf 1/2 (any
-    image can become grey) must reach chance, and one step must not fool over a point more than many.
+    On up to 200 of the images: 50 steps and a restart more must not fool over a point more, l-inf 1/2 (any image can
+    become grey) must reach chance, and one step must not fool over a point more than many.
     """
-    data = [t[::math.ceil(len(t) / most)] for t in data]
+    data, many = spaced(data, most), max(steps, 50)
     chance, found = 100 * float(data[1].bincount().max()) / len(data[1]), []
     run = partial(evaluate, model, data, seed=seed)
     names = [name for name in attacks if name.split()[0] in ("linf", "l2")]
     largest = {parse_attack(name)["norm"]: name for name in sorted(names, key=lambda name: parse_attack(name)["eps"])}
     for norm, name in largest.items():
         weak = run([name], steps=steps, restarts=restarts)["robust"][name]
-        strong = run([name], steps=5 * steps, restarts=restarts + 1)["robust"][name]
+        strong = run([name], steps=many, restarts=restarts + 1)["robust"][name]
         if weak - strong > 1:
-            found.append(f"{name}: {5 * steps} steps from {restarts + 1} starts lower {weak:.1f} to {strong:.1f}")
+            found.append(f"{name}: {many} steps from {restarts + 1} starts lower {weak:.1f} to {strong:.1f}")
         fast = f"fgsm {name.split()[1]}"
         if norm == "linf" and weak - (one := run([fast])["robust"][fast]) > 1:
             found.append(f"{name}: one step lowers it to {one:.1f}, {steps} to {weak:.1f}; its gradients may be masked")
@@ -1335,7 +1365,7 @@ def doubts(model, data, attacks, steps, restarts, seed, most=200):
 
 # == 15. The report: RESULTS.md and pictures, from records alone ================================================
 
-RECORDS = Path("results/records.jsonl")  # a line a run, kept with the report
+RECORDS, THEORY = Path("results/records.jsonl"), Path("results/theory.json")  # kept with the report; a line a run
 
 
 def command_of(settings, evaluation):
@@ -1392,7 +1422,12 @@ def mean_and_error(runs, attack):
     the larger of the seeds', deviation / sqrt(seeds), and the test set's, sqrt(a (100 - a) / images)."""
     values = [r["clean"] if attack == "clean" else r["robust"][attack] for r in runs]
     a, deviation = fmean(values), stdev(values) if len(values) > 1 else 0.0
-    return a, deviation, max(deviation / math.sqrt(len(values)), math.sqrt(a * (100 - a) / runs[0]["test_images"]))
+    return a, deviation, max(deviation / math.sqrt(len(values)), math.sqrt(a * (100 - a) / images_of(runs[0])))
+
+
+def images_of(record):
+    """How many images the accuracies of a record are of."""
+    return min(record["evaluation"].get("images", record["test_images"]), record["test_images"])
 
 
 RULES = """\
@@ -1402,9 +1437,11 @@ RULES = """\
   SAM row under every attack and loses over 0.5 clean against SGD.
 - **C3**, SAM is the gentler of two duals: mean robust accuracy rises from SGD over the best SAM to the best AT, clean
   accuracy falls from that SAM to that AT.
-- **C4**, the closed form, needs a run that this report does not know yet.
+- **C4**, the simplified model is solved: search and training end within 3% of the closed forms.
 - **C5**, it holds for variants, networks and data: here, C1's rule for every ASAM and ESAM row; see the other tables.
 - **C6**, SAM is the cheap one: every SAM row trains faster than every AT row."""
+RECIPE = ["sgd", *(f"sam rho 0.{r}" for r in (1, 2, 3, 4)), *(f"at linf {eps}/255" for eps in (1, 2, 4, 8)),
+          *(f"at l2 {eps}/255" for eps in (16, 32, 64, 128))]  # the papers' rows: what run_all.sh trains
 
 
 def verdicts(rows):
@@ -1425,7 +1462,7 @@ def verdicts(rows):
     def verdict(holds, *facts):
         return ("holds" if holds else "does not hold here") + f" ({'; '.join(facts)})"
 
-    n, found = len(attacks), dict.fromkeys(("C1", "C2", "C3", "C4", "C5", "C6"), "not run")
+    n, found = len(attacks), dict.fromkeys(("C1", "C2", "C3", "C5", "C6"), "not run")
     for claim, every, those in ("C1", any, sam), ("C5", all, variants):
         if sgd and those:
             found[claim] = verdict(every(wins(a, "sgd") == n and gain(a, "sgd")[0] >= -0.5 for a in those), *(
@@ -1446,14 +1483,33 @@ def verdicts(rows):
     return list(found.items())
 
 
-def report(records):
-    """RESULTS.md as text: for each data set, network and recipe among the records, a table, verdicts and commands."""
+def markdown(header, rows):
+    """A table of cells, the first column to the left, the others to the right."""
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
+
+
+def accuracies(rows, *more):
+    """The lines of a table of accuracies; rows: {label: runs}; more: (name of a column, its cell for some runs)."""
+    columns = "clean", *next(iter(rows.values()))[0]["robust"]
+    cells = []
+    for label, runs in rows.items():
+        figures = [mean_and_error(runs, column)[:2] for column in columns]
+        cells.append([label, str(len(runs)), *(f"{a:.1f}" + f" ± {b:.1f}" * (len(runs) > 1) for a, b in figures),
+                      *(cell(runs) for _, cell in more)])
+    return markdown(["method", "seeds", *columns, *(name for name, _ in more)], cells)
+
+
+def report(records, theory=()):
+    """RESULTS.md as text: for each data set, network and recipe among the records, tables, verdicts and commands; the
+    rows of theory(). What the papers' recipe has and no record holds is named as not run."""
     out = ["# Results", "", "Written by `python sam_at.py --report` from the records of finished runs; do not edit.",
-           "Accuracies are in percent: the mean over seeds, ± their standard deviation where there are several.", "",
-           "Rules of the verdicts; the error of a mean is the larger of the seeds' and the test set's:", "", RULES]
+           "Accuracies are in percent: the mean over seeds, ± their standard deviation where there are several.", ""]
+    notes = {r["data"]: r["data_note"] for r in records if r.get("data_note")}
+    out += [f"**{name}**: {note}\n" for name, note in notes.items()]
+    out += ["Rules of the verdicts; the error of a mean is the larger of the seeds' and the test set's:", "", RULES]
     for runs in grouped(records, setting_of).values():
         first, rows = runs[0], grouped(runs)
-        settings, attack, attacks = first["settings"], first["evaluation"], list(first["robust"])
+        settings, attack = first["settings"], first["evaluation"]
 
         def all_of(key, runs=runs):
             return ", ".join(sorted({str(r.get(key) or r["settings"].get(key)) for r in runs}))
@@ -1462,19 +1518,38 @@ def report(records):
         out += ["", f"## {first['data']}; {settings['model']}{width}, {settings['epochs']} epochs", "",
                 f"Machine: {all_of('machine')}. Torch {all_of('torch')}, training in {all_of('precision')}, batch "
                 f"{settings['batch_size']}, learning rate {settings['lr']:g}. Run on {all_of('date')}. Attacks: "
-                f"PGD-{attack['eval_steps']} from {attack['restarts']} start(s), {first['test_images']} images.", ""]
-        out += ["| " + " | ".join(["method", "seeds", "clean", *attacks, "train s"]) + " |",
-                "|---|---|" + "---:|" * (len(attacks) + 2)]
+                f"{show_evaluation(first)}.", ""]
+        out += accuracies(rows, ("train s", lambda runs: f"{fmean(r['seconds'] for r in runs):.1f}"))
+        out += ["", "Not run: " + (", ".join(label for label in RECIPE if label not in rows) or "nothing") + ".", ""]
+        out += [*(f"- **{claim}** {text}." for claim, text in verdicts(rows)), ""]
+        for other in grouped([r | e for r in runs for e in evaluations(r)[1:]], show_evaluation).values():
+            out += [f"The same models, attacked otherwise: {show_evaluation(other[0])}.", "", *accuracies(grouped(other)), ""]
         for label, of_label in rows.items():
-            cells = [label, str(len(of_label))]
-            for mean, deviation, _ in (mean_and_error(of_label, name) for name in ("clean", *attacks)):
-                cells.append(f"{mean:.1f}" + (f" ± {deviation:.1f}" if len(of_label) > 1 else ""))
-            out.append(f"| {' | '.join(cells)} | {fmean(r['seconds'] for r in of_label):.1f} |")
-        out += ["", *(f"- **{claim}** {text}." for claim, text in verdicts(rows)), ""]
-        out += [f"- Doubt about {r['name']}: {doubt}." for r in runs for doubt in r["warnings"]]
+            doubts = [f"seed {r['settings']['seed']}, {doubt}" for r in of_label for doubt in r["warnings"]]
+            out += [f"- Doubts about {label}: {'; '.join(doubts)}."] * bool(doubts)
         out += ["", "Commands, for the first seed of each row:", "", "```"]
         out += [*(command_of(r["settings"], r["evaluation"]) for r, *_ in rows.values()), "```"]
+    for dataset in "cifar10", "cifar100":
+        if not any(r["settings"]["dataset"] == dataset for r in records):
+            out += ["", f"## {dataset}; prn18, 100 epochs", "", f"Not run: {', '.join(RECIPE)}. `./run_all.sh` trains and "
+                    "attacks them on a GPU; `./run_all.sh --dry-run` says how long that takes there."]
+    out += ["", "## The simplified model: weight on the robust feature", ""]
+    if theory:
+        worst = max(abs(r[key] / r["closed_form"] - 1) for r in theory for key in ("numerical", "trained"))
+        out += markdown(["training", "radius", "closed form", "numerical", "trained"],
+                        [[name, *(f"{value:.3f}" for value in values)] for name, *values in map(dict.values, theory)])
+        out += ["", f"- **C4** {'holds' if worst < 0.03 else 'does not hold here'} (at most {100 * worst:.1f}% apart)."]
+    else:
+        out += ["- **C4** not run: `python sam_at.py --theory`."]
     return "\n".join(out) + "\n"
+
+
+def show_evaluation(record):
+    """"PGD-10 from 1 start(s), 1000 images", or the names of outside attacks."""
+    asked = record["evaluation"]
+    outside_only = all(name.split()[0] not in ("linf", "l2") for name in asked["attacks"])
+    how = ", ".join(asked["attacks"]) if outside_only else f"PGD-{asked['eval_steps']} from {asked['restarts']} start(s)"
+    return f"{how}, {images_of(record)} images"
 
 
 def run_report(s):
@@ -1482,7 +1557,7 @@ def run_report(s):
     records = gather_records(s.runs)
     RECORDS.parent.mkdir(exist_ok=True)
     write_whole(RECORDS, "".join(json.dumps(r) + "\n" for r in records))
-    write_whole("RESULTS.md", report(records))
+    write_whole("RESULTS.md", report(records, json.loads(THEORY.read_text()) if THEORY.exists() else ()))
     print(f"RESULTS.md and {RECORDS}: {len(records)} runs")
     return records
 
@@ -1746,6 +1821,7 @@ def parse_args(argv):
               f"{', '.join(OUTSIDE)}, torchattacks:NAME, as in 'autoattack l2 0.5' (default: {', '.join(ATTACKS)})")
     flag("--eval-steps", type=number(int, 1), default=10, help="PGD steps, each of eps/4 (default: 10)")
     flag("--restarts", type=number(int, 1), default=1, help="random starts; an image must withstand all (default: 1)")
+    flag("--images", type=number(int, 1), help="test images to attack, evenly spaced (default: all)")
     flag("--corruptions", metavar="DIR", help="with --eval: accuracy on the *.npy of CIFAR-10-C in DIR instead")
     flag = parser.add_argument_group("data and network").add_argument
     flag("--dataset", choices=DATASETS, help="(default: preset demo: demo, paper: cifar10)")
@@ -1895,8 +1971,9 @@ def run_eval(s):
     data = load_data(s.dataset, s.data_dir)
     state, model = load_model(s.eval, data, s.device)
     print(f"{s.eval}: {label_of(state['settings'])} after {len(state['log'])} epochs; data: {data.source}", flush=True)
-    record = {"settings": state["settings"], "seconds": sum(row["seconds"] for row in state["log"])}
-    return show_results([record | assess(model, data, s)], s)
+    found = assess(model, data, s)
+    keep_evaluation(Path(s.eval).parent / "record.json", state["settings"], data, found)
+    return show_results([{"settings": state["settings"], "seconds": sum(r["seconds"] for r in state["log"])} | found], s)
 
 
 def main(argv=None):
