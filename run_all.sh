@@ -18,10 +18,11 @@ done
 
 if $quick; then
   common="--preset demo --epochs 3 --attack-steps 2 --eval-steps 3"
-  seeds="0 1" targets=("--dataset demo --model small")
+  seeds="0 1" targets=("--dataset demo --model small") networks=()
 else
   common="--preset paper"
   seeds="0 1 2" targets=("--dataset cifar10 --model prn18" "--dataset cifar100 --model prn18")
+  networks=("--dataset cifar10 --model wrn28_10" "--dataset cifar10 --model deit_ti")
 fi
 
 # The list. Seeds outermost: stopped early, it leaves whole tables of fewer seeds.
@@ -35,20 +36,28 @@ list() {
       for eps in 32 128 16 64; do echo "$run --method at --norm l2 --eps $eps/255"; done
     done
   done
+  run="python sam_at.py $common ${targets[0]}"  # variants and larger networks, one seed
+  for method in "asam --rho 1" "esam --rho 0.1" "sam+at --rho 0.1" awp; do echo "$run --method $method"; done
+  for target in "${networks[@]}"; do
+    for method in sgd "sam --rho 0.1" at; do echo "python sam_at.py $common $target --method $method"; done
+  done
 }
 
 if $dry; then
   list
   # shellcheck disable=SC2086  # the flags are words
-  table=$(mktemp) && python sam_at.py $common --benchmark --json "$table"
+  table=$(mktemp) && python sam_at.py $common --method sgd sam asam esam at sam+at awp --benchmark --json "$table"
   list | python -c '
 import json, sys
 step = {row["method"]: row["step_s"] for row in json.load(open(sys.argv[1]))}
 epochs, steps = (3, 4000 / 128) if sys.argv[2] == "true" else (100, 50000 / 128)
-runs = [line.split("--method ")[1].split()[0] for line in sys.stdin]
+lines = [line for line in sys.stdin if "wrn28_10" not in line and "deit_ti" not in line]
+runs = [line.split("--method ")[1].split()[0] for line in lines]
 hours = sum(step[method] for method in runs) * epochs * steps / 3600
 time = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.0f} minutes"
-print(f"{len(runs)} runs, about {time} of training on one such device, evaluation aside")' "$table" "$quick"
+print(f"{len(runs)} runs of the first network, about {time} of training on one such device, evaluation aside")
+if sys.argv[2] != "true":
+    print("the other networks: python sam_at.py --preset paper --model wrn28_10 --benchmark, or deit_ti")' "$table" "$quick"
   rm "$table"
   exit
 fi

@@ -1297,17 +1297,12 @@ def keep_evaluation(path, settings, data, found):
 def load_model(path, data, device):
     """A checkpoint and its model, ready to be attacked. Raises BadInput if it does not fit the data, unless None."""
     state = load_checkpoint(path)
-    if data and data.num_classes != (classes := state["settings"]["classes"]):
-        raise BadInput(f"{path} tells {classes} classes apart, the data has {data.num_classes}")
-    return state, model_of(state).to(device).eval()
-
-
-def model_of(state):
-    """The model in a checkpoint."""
     settings = state["settings"]
+    if data and data.num_classes != settings["classes"]:
+        raise BadInput(f"{path} tells {settings['classes']} classes apart, the data has {data.num_classes}")
     model = make_model(settings["model"], settings["classes"], state["mean_std"], width=settings["width"])
     model.load_state_dict(state["model"])
-    return model
+    return state, model.to(device).eval()
 
 
 def evaluation_of(s):

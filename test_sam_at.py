@@ -1271,7 +1271,7 @@ def test_corruptions_are_read_by_severity(tmp_path, tiny_demo):
     root, checkpoint = corruptions(tmp_path / "c", 12), only_run() / "checkpoint.pt"
     code, out, err = cli("--eval", checkpoint, "--corruptions", root, "--json", "c.json")
     assert code == 0 and err == ""
-    model = sam_at.model_of(sam_at.load_checkpoint(checkpoint)).eval()
+    _, model = sam_at.load_model(checkpoint, None, "cpu")
     for row, name in zip(json.loads(Path("c.json").read_text()), ("fog", "gaussian_noise"), strict=True):
         x = torch.from_numpy(numpy.load(root / f"{name}.npy")).permute(0, 3, 1, 2) / 255
         right = (model(x).argmax(1).numpy() == numpy.load(root / "labels.npy")).reshape(5, 12).mean(1)
@@ -1574,6 +1574,37 @@ def test_eval_attacks_a_saved_model(tiny_demo, tmp_path):
     assert code == 0 and "each of 3 starts" in out and "fgsm 1/255" in out
 
 
+def test_what_was_measured_of_a_run_is_kept(tiny_demo, monkeypatch):
+    cli(*RUN)
+    folder, flags = only_run(), ["--attacks", "fgsm", "l2 0.5", "--eval-steps", 3, "--images", 7]
+    first = json.loads((folder / "record.json").read_text())
+    for _ in range(2):  # the second time takes the place of the first
+        code, out, err = cli("--eval", folder / "checkpoint.pt", *flags, "--json", "e.json")
+        assert code == 0 and err == "" and f"kept in {folder}" in out
+    record, table = json.loads((folder / "record.json").read_text()), json.loads(Path("e.json").read_text())
+    more, = record.pop("more")
+    assert record == {k: v for k, v in first.items() if k != "more"} and first["more"] == []
+    assert more["evaluation"] == {"attacks": ["fgsm", "l2 0.5"], "eval_steps": 3, "restarts": 1, "images": 7}
+    assert (more["clean"], more["robust"]) == (table[0]["clean"], table[0]["robust"])
+    cli(*RUN[:RUN.index("--attacks")], "--attack-steps", 1, "--attacks", "linf 0.1")  # the run itself, attacked anew
+    record = json.loads((folder / "record.json").read_text())
+    assert [e["evaluation"]["attacks"] for e in sam_at.evaluations(record)] == [["linf 0.1"], ["linf 2/255"], ["fgsm", "l2 0.5"]]
+    assert cli("--report")[0] == 0
+    text = Path("RESULTS.md").read_text()
+    assert "attacked otherwise: PGD-3 from 1 start(s), 7 images" in text and f"{more['clean']:.1f} | {more['robust']['fgsm']:.1f}" in text
+    monkeypatch.setattr(sam_at, "load_data", lambda *_: tiny_data(24, seed=5, size=32))  # other data: not this run's
+    code, out, _ = cli("--eval", folder / "checkpoint.pt", "--attacks", "fgsm")
+    assert code == 0 and "kept" not in out and json.loads((folder / "record.json").read_text()) == record
+
+
+@given(st.integers(1, 50), st.one_of(st.none(), st.integers(1, 60)))
+def test_spaced_rows_are_evenly_spaced(n, most):
+    a, b = sam_at.spaced([torch.arange(n), -torch.arange(n)], most)
+    assert len(a) == min(n, most or n) and a.equal(-b)
+    gaps = [*(a[1:] - a[:-1]).tolist(), n - int(a[-1])]
+    assert a[0] == 0 and max(gaps) - min(gaps) <= 1
+
+
 @given(seeds, norms, st.integers(2, 4))
 def test_restarts_never_raise_robust_accuracy(seed, norm, restarts):
     model, (x, y) = tiny_net(seed).eval(), batch(30, seed=seed)
@@ -1773,10 +1804,29 @@ def test_results_regenerate_from_the_kept_records(monkeypatch, capsys):
     if not (HERE / "RESULTS.md").exists():
         pytest.fail("RESULTS.md is missing: run python sam_at.py --report")
     Path("results").mkdir()
-    shutil.copy(HERE / "results" / "records.jsonl", "results")
+    for kept in "records.jsonl", "theory.json":
+        shutil.copy(HERE / "results" / kept, "results")
     assert cli("--report")[0] == 0
     assert Path("RESULTS.md").read_text() == (HERE / "RESULTS.md").read_text()
     assert Path("results/records.jsonl").read_text() == (HERE / "results" / "records.jsonl").read_text()
+
+
+def test_readmes_tables_are_those_of_the_results():
+    """Each row of a README table of accuracies stands in RESULTS.md, figure by figure."""
+    rows = [line for line in (HERE / "README.md").read_text().splitlines() if re.match(r"\| (sgd|a?sam|esam|sam\+at|awp|at) .*± ", line)]
+    assert rows and set(rows) <= set((HERE / "RESULTS.md").read_text().splitlines())
+
+
+def test_the_report_says_what_was_not_run_and_what_the_data_is():
+    note = {"data_note": "It shows little."}
+    text = sam_at.report([made_up("sgd", 0, 50.0, {"a": 40.0}) | note, made_up("sam", 0, 50.0, {"a": 40.0}, rho=0.2)])
+    assert "Not run: sam rho 0.1, sam rho 0.3, sam rho 0.4, at linf 1/255," in text
+    assert "## cifar10; prn18" in text and "## cifar100; prn18" in text and "**C4** not run" in text
+    assert "**made up**: It shows little." in text
+    row = {"training": "at", "radius": 0.1, "closed_form": 2.0, "numerical": 2.001}
+    for trained, says in (2.05, "holds (at most 2.5% apart)"), (2.1, "does not hold here (at most 5.0% apart)"):
+        text = sam_at.report([made_up("sgd", 0, 50.0, {"a": 40.0})], [row | {"trained": trained}])
+        assert f"**C4** {says}" in text and f"| at | 0.100 | 2.000 | 2.001 | {trained:.3f} |" in text
 
 
 def made_up(method, seed, clean, robust, seconds=10.0, **radius):
@@ -1808,11 +1858,11 @@ def test_verdicts_follow_their_rules(gain, clean, at_gain, at_clean):
     rows = {"sgd": [made_up("sgd", 0, 50.0, {"a": 40.0, "b": 40.0})],
             "sam rho 1": [made_up("sam", 0, 50 + clean, {"a": 40 + gain, "b": 40 + gain}, 20.0, rho=1)],
             "at linf 1/255": [made_up("at", 0, 50 + at_clean, {"a": 40 + gain + at_gain, "b": 40 + gain + at_gain}, 60.0)]}
-    (_, c1), (_, c2), (_, c3), (_, c4), (_, c5), (_, c6) = sam_at.verdicts(rows)
+    (_, c1), (_, c2), (_, c3), (_, c5), (_, c6) = sam_at.verdicts(rows)
     assert c1.startswith("holds") == (gain > 1.41 and clean > -0.5)
     assert c2.startswith("holds") == (at_gain > 1.41 and gain + at_gain > 1.41 and at_clean < -0.5)
     assert c3.startswith("holds") == (gain > 0 and clean > at_clean)
-    assert c4 == c5 == "not run" and c6.startswith("holds") and "sam rho 1 2.0, at linf 1/255 6.0" in c6
+    assert c5 == "not run" and c6.startswith("holds") and "sam rho 1 2.0, at linf 1/255 6.0" in c6
     del rows["sam rho 1"]
     assert all(text == "not run" for _, text in sam_at.verdicts(rows))
 
@@ -1892,6 +1942,7 @@ BAD = {  # arguments, and what the one line must speak of
     "esam in step": (["--method", "esam", "--sync-ascent"], "--sync-ascent"),
     "synced on a CPU": (["--batchnorm", "synced", "--device", "cpu"], "CUDA"),
     "tiny-imagenet nowhere": (["--dataset", "tiny-imagenet"], "--data-dir"),
+    "no images": (["--images", "0"], "images"),
     "runs on a file": (["--runs", sam_at.__file__ + "/runs"], "--runs"),
 }
 
@@ -1955,6 +2006,10 @@ def test_folder_is_read_as_imagefolder_reads_it(tmp_path_factory, test_name, wid
     assert data.y.tolist() == [0, 0, 0, 1, 1, 1] == data.y_test.tolist()
     assert [tuple(image[:, 5, 5].tolist()) for image in data.x] == [(80 * c, 60, 20 * i) for c in (0, 1) for i in range(3)]
     assert data.mean_std == sam_at.mean_std_of(data.x) and data.augment
+    assert data.source.startswith(f"{root.name} (6 training") and data.note == ""
+    (root / "SOURCE.txt").write_text("Cats and dogs\nDrawn, not photographed.\nOne colour each.\n")
+    data = sam_at.load_folder(root)
+    assert data.source.startswith("Cats and dogs (6") and data.note == "Drawn, not photographed. One colour each."
 
 
 def test_tiny_imagenet_as_downloaded(tmp_path):
