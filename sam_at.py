@@ -864,24 +864,23 @@ class BadInput(Exception):
     """Something the user gave cannot be used. The message is the one line that they see."""
 
 
-def demo_data(n_train=4000, n_test=1000, *, classes=10, p=0.9, texture=(2 / 255, 4 / 255), coarse=0.075, noise=0.08,
-              seed=0):
+def demo_data(n_train=4000, n_test=1000, *, classes=10, p=0.9, seed=0):
     """The simplified model of [2], drawn as images: made of both kinds of features, it illustrates and proves nothing.
 
     Image of class y:  1/2 + coarse pattern of y (with probability 1-p of another class) + texture of y + noise.
-    Robust: the coarse pattern, 4x4 colours of root-mean-square `coarse`, too large for an attack of a few /255, but
+    Robust: the coarse pattern, 4x4 colours of root-mean-square 0.075, too large for an attack of a few /255, but
     wrong in a share 1-p of the images. Not robust: the texture, each pixel off by 2/255 to 4/255, always right.
     """
     rng = torch.Generator().manual_seed(seed)
     coarse_of = F.interpolate(torch.randn(classes, 3, 4, 4, generator=rng), size=32, mode="bilinear")
-    coarse_of *= coarse / coarse_of.pow(2).mean((1, 2, 3), keepdim=True).sqrt()
-    texture_of = torch.empty(classes, 3, 32, 32).uniform_(*texture, generator=rng)
+    coarse_of *= 0.075 / coarse_of.pow(2).mean((1, 2, 3), keepdim=True).sqrt()
+    texture_of = torch.empty(classes, 3, 32, 32).uniform_(2 / 255, 4 / 255, generator=rng)
     texture_of *= torch.randn(texture_of.shape, generator=rng).sign()
     n = n_train + n_test
     y = torch.randint(classes, (n,), generator=rng)
     other = (y + torch.randint(1, classes, (n,), generator=rng)) % classes
     shown = torch.where(torch.rand(n, generator=rng) < p, y, other)
-    x = 0.5 + coarse_of[shown] + texture_of[y] + noise * torch.randn(n, 3, 32, 32, generator=rng)
+    x = 0.5 + coarse_of[shown] + texture_of[y] + 0.08 * torch.randn(n, 3, 32, 32, generator=rng)
     x = (x * 255).round().clamp(0, 255).byte()
     return Data(x[:n_train], y[:n_train], x[n_train:], y[n_train:], classes, mean_std_of(x[:n_train]), False,
                 f"embedded demo data ({n_train} training and {n_test} test images of {classes} classes, seed {seed})")
@@ -955,13 +954,14 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-DATASETS = {"demo": lambda directory: demo_data(), "cifar10": partial(load_cifar, "cifar10"),
-            "cifar100": partial(load_cifar, "cifar100"), "tiny-imagenet": load_folder, "folder": load_folder}
+DATASETS = "demo", "cifar10", "cifar100", "tiny-imagenet", "folder"
 
 
 def load_data(name, directory):
-    """The data set of that name. Raises BadInput or OSError if it cannot be had."""
-    return DATASETS[name](directory)
+    """One of DATASETS. Raises BadInput or OSError if it cannot be had."""
+    if name == "demo":
+        return demo_data()
+    return load_cifar(name, directory) if name.startswith("cifar") else load_folder(directory)
 
 
 # == 12. What a step costs =======================================================================================
@@ -970,7 +970,7 @@ def load_data(name, directory):
 
 
 def time_of(call, device):
-    """Median wall time of call() in seconds, synchronised, of four calls or more: as many as 1 s takes, or 20 s if unsteady."""
+    """Median wall time of call() in seconds, synchronised: of calls for 1 s, or if unsteady 20 s, four at least."""
     timer = Timer("call(); wait()", globals={"call": call, "wait": torch.get_device_module(device).synchronize},
                   num_threads=torch.get_num_threads())
     return timer.adaptive_autorange(threshold=0.5, min_run_time=1, max_run_time=20).median
@@ -1029,11 +1029,10 @@ def device_name(device):
 
 
 # == 13. More than one device: torchrun =========================================================================
-#    torchrun starts N processes with this file, each with a device and a copy of the network. All draw the same batches
-#    and crops, each takes its share, and DistributedDataParallel averages the gradients: global batch, recipe and
-#    checkpoints are those of one process. SAM's first gradient stays on its device by default: each share of the batch
-#    has its own v, the m-sharpness of Foret et al. (2021, section 4), which needs no communication and generalised
-#    better there the smaller the share. With --sync-ascent there is one v, the whole batch's, as on one device.
+#    torchrun starts N processes, each with a device and a copy of the network. All draw the same batches and crops,
+#    each takes its share, and DistributedDataParallel averages the gradients: recipe and checkpoints are those of one.
+#    SAM's first gradient stays on its device: each share of the batch has its own v, the m-sharpness of Foret et al.
+#    (2021, section 4), which generalised better there the smaller the share. With --sync-ascent the batch has one v.
 
 
 def start_processes(s):
@@ -1056,8 +1055,8 @@ def rank():
 
 
 def share(t, exact=False):
-    """This process's rows of a batch. All get the same number, so that gradients can be averaged: what is left over of
-    an epoch's last batch (fewer images than processes) sits out, unless the shares are to be exact."""
+    """This process's rows of a batch: as many as the others', so that gradients can be averaged. What is left over (of
+    an epoch's last batch) sits out, unless the shares are to be exact."""
     return t[rank():len(t) if exact else len(t) // world() * world():world()]
 
 
