@@ -42,13 +42,15 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 # == 1. Input space: the threat model and the attacks ===========================================================
 #    An attacker may add any delta with |delta|_p <= eps, as long as x + delta is still an image in [0,1].
@@ -862,25 +864,23 @@ class BadInput(Exception):
     """Something the user gave cannot be used. The message is the one line that they see."""
 
 
-def demo_data(n_train=4000, n_test=1000, *, classes=10, p=0.9, texture=(2 / 255, 4 / 255), coarse=0.075, noise=0.08,
-              seed=0):
+def demo_data(n_train=4000, n_test=1000, *, classes=10, p=0.9, seed=0):
     """The simplified model of [2], drawn as images: made of both kinds of features, it illustrates and proves nothing.
 
     Image of class y:  1/2 + coarse pattern of y (with probability 1-p of another class) + texture of y + noise.
-    The robust feature is the coarse pattern: 4x4 colours stretched over the image, of root-mean-square `coarse`,
-    too large for an attack of a few /255, but wrong in a share 1-p of the images. The non-robust ones are the texture:
-    each pixel off by 2/255 to 4/255, up or down, always right, and wiped out by an attack of its own size.
+    Robust: the coarse pattern, 4x4 colours of root-mean-square 0.075, too large for an attack of a few /255, but
+    wrong in a share 1-p of the images. Not robust: the texture, each pixel off by 2/255 to 4/255, always right.
     """
     rng = torch.Generator().manual_seed(seed)
     coarse_of = F.interpolate(torch.randn(classes, 3, 4, 4, generator=rng), size=32, mode="bilinear")
-    coarse_of *= coarse / coarse_of.pow(2).mean((1, 2, 3), keepdim=True).sqrt()
-    texture_of = torch.empty(classes, 3, 32, 32).uniform_(*texture, generator=rng)
+    coarse_of *= 0.075 / coarse_of.pow(2).mean((1, 2, 3), keepdim=True).sqrt()
+    texture_of = torch.empty(classes, 3, 32, 32).uniform_(2 / 255, 4 / 255, generator=rng)
     texture_of *= torch.randn(texture_of.shape, generator=rng).sign()
     n = n_train + n_test
     y = torch.randint(classes, (n,), generator=rng)
     other = (y + torch.randint(1, classes, (n,), generator=rng)) % classes
     shown = torch.where(torch.rand(n, generator=rng) < p, y, other)
-    x = 0.5 + coarse_of[shown] + texture_of[y] + noise * torch.randn(n, 3, 32, 32, generator=rng)
+    x = 0.5 + coarse_of[shown] + texture_of[y] + 0.08 * torch.randn(n, 3, 32, 32, generator=rng)
     x = (x * 255).round().clamp(0, 255).byte()
     return Data(x[:n_train], y[:n_train], x[n_train:], y[n_train:], classes, mean_std_of(x[:n_train]), False,
                 f"embedded demo data ({n_train} training and {n_test} test images of {classes} classes, seed {seed})")
@@ -888,7 +888,7 @@ def demo_data(n_train=4000, n_test=1000, *, classes=10, p=0.9, texture=(2 / 255,
 
 def mean_std_of(x):
     """Mean and standard deviation by channel of uint8 images (N, 3, H, W), in pixel units: (mean, std)."""
-    std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))
+    std, mean = torch.std_mean(to_pixels(x), dim=(0, 2, 3))
     return mean.tolist(), std.clamp_min(1e-3).tolist()  # a channel without contrast must not divide by zero
 
 
@@ -898,89 +898,70 @@ CIFAR100_MEAN_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 def load_cifar(name, directory):
     """"cifar10" or "cifar100" through torchvision, downloaded into `directory` if it is not there."""
     from torchvision import datasets
-    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    dataset, mean_std = {"cifar10": (datasets.CIFAR10, CIFAR10_MEAN_STD),
+                         "cifar100": (datasets.CIFAR100, CIFAR100_MEAN_STD)}[name]
     existed = os.path.exists(directory)
     try:
         train, test = (dataset(directory, train=t, download=True) for t in (True, False))
     except Exception as error:  # no network, a broken archive, a read-only folder: torchvision has one class for each
-        with suppress(OSError):
-            if not existed:
+        if not existed:
+            with suppress(OSError):
                 os.rmdir(directory)
         raise BadInput(f"{name} is not in {directory!r} and cannot be downloaded ({first_line(error)}); "
                        "point --data-dir at a copy, or try --preset demo") from None
     x, x_test = (torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous() for d in (train, test))
-    y, y_test = (torch.tensor(d.targets) for d in (train, test))
-    mean_std = CIFAR10_MEAN_STD if name == "cifar10" else CIFAR100_MEAN_STD
-    return Data(x, y, x_test, y_test, len(train.classes), mean_std, True,
-                f"{name} ({len(y)} training and {len(y_test)} test images)")
+    return Data(x, torch.tensor(train.targets), x_test, torch.tensor(test.targets), len(train.classes), mean_std, True,
+                f"{name} ({len(x)} training and {len(x_test)} test images)")
 
 
 def load_folder(directory):
-    """DIR/train/CLASS/*.png and DIR/test (or DIR/val) likewise, as torchvision's ImageFolder reads them, at 32x32."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise BadInput(f"{directory}: no such folder; --data-dir names one with train/CLASS/ and test/CLASS/ in it")
-    train = image_folder(directory / "train")
-    test = image_folder(directory / ("test" if (directory / "test").is_dir() else "val"))
-    if odd := set(train.classes) ^ set(test.classes):
-        raise BadInput(f"{directory}: train and {Path(test.root).name} differ in their classes: {min(odd)!r} is in one "
-                       "of them only")
-    return read_images(directory, train, test.samples)
-
-
-def load_tiny_imagenet(directory):
-    """Tiny-ImageNet as downloaded, at 32x32: DIR/train/WNID/images/*.JPEG, DIR/val/images/ and val_annotations.txt."""
-    directory = Path(directory)
-    train, annotations = image_folder(directory / "train"), directory / "val" / "val_annotations.txt"
-    try:
-        lines = [line.split("\t") for line in annotations.read_text().splitlines()]
-        test = [(directory / "val" / "images" / name, train.class_to_idx[wnid]) for name, wnid, *_ in lines]
-    except (OSError, KeyError, ValueError) as error:
-        raise BadInput(f"{annotations}: not a list of images and classes of train ({first_line(error)})") from None
-    return read_images(directory, train, test)
-
-
-def image_folder(directory):
-    """torchvision's listing of a folder of classes. Raises BadInput."""
+    """DIR/train/CLASS/*.png and DIR/test (or val) likewise, at 32x32; or Tiny-ImageNet, with a list of val's classes.
+    DIR/SOURCE.txt may say in its first line what the images are, in the others what they can show."""
     from torchvision.datasets import ImageFolder
-    try:
-        return ImageFolder(directory)
-    except OSError as error:
-        raise BadInput(f"{directory}: {first_line(error) if directory.is_dir() else 'no such folder'}") from None
-
-
-def read_images(directory, train, test):
-    """An ImageFolder and [(path, class)] as Data, resized to 32x32. Raises BadInput."""
-    from torchvision.transforms.v2 import functional as TF
+    from torchvision.transforms.v2.functional import pil_to_tensor, resize
+    directory = Path(directory)
+    train, annotations = ImageFolder(directory / "train"), directory / "val" / "val_annotations.txt"
     if len(train.classes) < 2:
-        raise BadInput(f"{directory / 'train'} has one class, {train.classes[0]!r}: two are the least to tell apart")
+        raise BadInput(f"{train.root} has one class, {train.classes[0]!r}: two are the least to tell apart")
+    if annotations.exists():
+        try:
+            names, classes, *_ = zip(*(line.split("\t") for line in annotations.read_text().splitlines()))
+            test = [(annotations.parent / "images" / n, train.class_to_idx[c]) for n, c in zip(names, classes)]
+        except (KeyError, ValueError) as error:
+            raise BadInput(f"{annotations}: not a list of images and classes of train ({first_line(error)})") from None
+    else:
+        folder = ImageFolder(directory / ("test" if (directory / "test").is_dir() else "val"))
+        test = folder.samples
+        if odd := set(train.classes) ^ set(folder.classes):
+            raise BadInput(f"{train.root} and {folder.root}: {min(odd)!r} is in one of them only")
 
     def read(path):
         try:
-            return TF.pil_to_tensor(TF.resize(train.loader(path), [32, 32]))
+            return pil_to_tensor(resize(train.loader(path), [32, 32]))
         except Exception as error:  # PIL raises half a dozen classes for a bad file
             raise BadInput(f"{path}: not a readable image ({first_line(error)})") from None
 
     with ThreadPoolExecutor() as pool:
         x, x_test = (torch.stack(list(pool.map(read, [path for path, _ in part]))) for part in (train.samples, test))
     y, y_test = (torch.tensor([target for _, target in part]) for part in (train.samples, test))
-    about = directory / "SOURCE.txt"  # may say in its first line what this is, in the others what it can show
+    about = directory / "SOURCE.txt"
     name, *note = about.read_text().splitlines() if about.exists() else [directory.resolve().name]
-    return Data(x, y, x_test, y_test, len(train.classes), mean_std_of(x), True,
-                f"{name} ({len(y)} training and {len(y_test)} test images of {len(train.classes)} classes)", " ".join(note))
+    return Data(x, y, x_test, y_test, len(train.classes), mean_std_of(x), True, f"{name} ({len(y)} training and "
+                f"{len(y_test)} test images of {len(train.classes)} classes)", " ".join(note))
 
 
 def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-DATASETS = {"demo": lambda directory: demo_data(), "cifar10": partial(load_cifar, "cifar10"),
-            "cifar100": partial(load_cifar, "cifar100"), "tiny-imagenet": load_tiny_imagenet, "folder": load_folder}
+DATASETS = "demo", "cifar10", "cifar100", "tiny-imagenet", "folder"
 
 
 def load_data(name, directory):
-    """The data set of that name; the last two of DATASETS are the user's. Raises BadInput if it cannot be had."""
-    return DATASETS[name](directory)
+    """One of DATASETS. Raises BadInput or OSError if it cannot be had."""
+    if name == "demo":
+        return demo_data()
+    return load_cifar(name, directory) if name.startswith("cifar") else load_folder(directory)
 
 
 # == 12. What a step costs =======================================================================================
@@ -988,38 +969,34 @@ def load_data(name, directory):
 #        SGD   3 F                SAM   6 F, twice SGD                AT   K (F + F) + 3 F, 1 + 2K/3 times SGD
 
 
-def time_of(call, device, seconds=15, least=5, most=50):
-    """Median wall time of call() in seconds, synchronised, after two calls to warm up."""
-    times, sync = [], torch.get_device_module(device).synchronize
-    while len(times) < 2 + least or (len(times) < 2 + most and sum(times) <= seconds):
-        sync()
-        start = time.perf_counter()
-        call()
-        sync()
-        times.append(time.perf_counter() - start)
-    return median(times[2:])
+def time_of(call, device):
+    """Median wall time of call() in seconds, synchronised: of calls for 1 s, or if unsteady 20 s, four at least."""
+    timer = Timer("call(); wait()", globals={"call": call, "wait": torch.get_device_module(device).synchronize},
+                  num_threads=torch.get_num_threads())
+    return timer.adaptive_autorange(threshold=0.5, min_run_time=1, max_run_time=20).median
 
 
-def peak_mb(device, reset=False):
-    """Peak memory since the last reset, in MiB: CUDA's allocated tensors, or else the whole process."""
+def peak_mb(call, device):
+    """Peak memory during call() in MiB: CUDA's tensors, or else the whole process."""
     if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    if reset:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: start counting anew
     import resource
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: start counting anew
+    call()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
 def run_benchmark(s):
     """Time a step of each method (SGD always, for the ratio) on random pixels; print the table and return its rows."""
-    from torch.utils.flop_counter import FlopCounterMode
+    if world() > 1:
+        raise BadInput("--benchmark times one device: run it without torchrun")
     n, dtype = 8192 if s.device.type == "cuda" else 2048, torch.bfloat16 if s.precision == "bf16" else torch.float32
-    matrices = torch.randn(2, n, n, device=s.device).to(dtype)
-    rate, rows = 2 * n ** 3 / time_of(partial(torch.matmul, *matrices), s.device, seconds=5), []
-    del matrices  # no step needs them: they must not count in its peak memory
+    product = partial(torch.matmul, *torch.randn(2, n, n, device=s.device, dtype=dtype))
+    rate, rows = 2 * n ** 3 / time_of(product, s.device), []
+    del product  # it must not count in a step's peak memory
     x, y = torch.rand(s.batch_size, 3, 32, 32, device=s.device), torch.randint(10, (s.batch_size,), device=s.device)
     x = x.contiguous(memory_format=torch.channels_last)
     print(f"{s.model}, batch {s.batch_size}, {device_name(s.device)}, {s.precision}, torch {torch.__version__}; "
@@ -1030,11 +1007,11 @@ def run_benchmark(s):
         step = METHODS[method].step(s)
         with FlopCounterMode(display=False) as counter:
             step(model, x, y, optimizer)
-        step(fast, x, y, optimizer)
-        peak_mb(s.device, reset=True)
-        seconds = time_of(partial(step, fast, x, y, optimizer), s.device)
+        fast_step = partial(step, fast, x, y, optimizer)
+        seconds = time_of(fast_step, s.device)
         rows.append({"method": method, "step_s": seconds, "images_per_s": s.batch_size / seconds,
-                     "ratio_to_sgd": seconds / rows[0]["step_s"] if rows else 1.0, "peak_mb": peak_mb(s.device),
+                     "ratio_to_sgd": seconds / rows[0]["step_s"] if rows else 1.0,
+                     "peak_mb": peak_mb(fast_step, s.device),
                      "share_of_matmul_rate": counter.get_total_flops() / seconds / rate})
     print(align([["method", "passes", "step", "images/s", "x SGD", "peak MB", "of matmul rate"]] + [
         [r["method"], f"{METHODS[r['method']].passes(s):g} F", f"{1000 * r['step_s']:.1f} ms",
@@ -1052,24 +1029,21 @@ def device_name(device):
 
 
 # == 13. More than one device: torchrun =========================================================================
-#    torchrun starts N processes with this file, each with a device and a copy of the network. All draw the same batches
-#    and crops, each takes its share, and DistributedDataParallel averages the gradients: global batch, recipe and
-#    checkpoints are those of one process. SAM's first gradient stays on its device by default: each share of the batch
-#    has its own v, the m-sharpness of Foret et al. (2021, section 4), which needs no communication and generalised
-#    better there the smaller the share. With --sync-ascent there is one v, the whole batch's, as on one device.
+#    torchrun starts N processes, each with a device and a copy of the network. All draw the same batches and crops,
+#    each takes its share, and DistributedDataParallel averages the gradients: recipe and checkpoints are those of one.
+#    SAM's first gradient stays on its device: each share of the batch has its own v, the m-sharpness of Foret et al.
+#    (2021, section 4), which generalised better there the smaller the share. With --sync-ascent the batch has one v.
 
 
 def start_processes(s):
-    """Join the other processes, if torchrun started this one. All but the first print nothing but errors."""
-    if distributed.is_available() and distributed.is_torchelastic_launched():
+    """Join the other processes, if torchrun started several. All but the first print nothing but errors."""
+    if distributed.is_available() and distributed.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
         store, rank_, world_ = next(distributed.rendezvous("env://"))
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]  # the addresses of an attempt that died are still there
         distributed.init_process_group("nccl" if s.device.type == "cuda" else "gloo", rank=rank_, world_size=world_,
                                        store=distributed.PrefixStore(attempt, store))
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
-        if world() > 1 and s.mode is run_benchmark:
-            raise BadInput("--benchmark times one device: run it without torchrun")
 
 
 def world():
@@ -1081,8 +1055,8 @@ def rank():
 
 
 def share(t, exact=False):
-    """This process's rows of a batch. All get the same number, so that gradients can be averaged: what is left over of
-    an epoch's last batch (fewer images than processes) sits out, unless the shares are to be exact."""
+    """This process's rows of a batch: as many as the others', so that gradients can be averaged. What is left over (of
+    an epoch's last batch) sits out, unless the shares are to be exact."""
     return t[rank():len(t) if exact else len(t) // world() * world():world()]
 
 
@@ -1095,10 +1069,9 @@ def total(t):
 
 def spread(model, s):
     """The network for training: as it is, or with its gradients averaged over the processes."""
-    if not distributed.is_available() or not distributed.is_initialized():
+    if world() == 1:
         return model
-    model = DistributedDataParallel(model)
-    model.broadcast_buffers = False  # BatchNorm's statistics are a device's own, until wait_for_first
+    model = DistributedDataParallel(model, broadcast_buffers=False)  # BatchNorm's are a device's own: wait_for_first
     model.sync_ascent = s.sync_ascent
     return model
 
@@ -1110,8 +1083,7 @@ def bare(model):
 
 def on_its_own(model):
     """Inside, gradients stay on their device, unless --sync-ascent asks for those of the whole batch."""
-    spread_out = isinstance(model, DistributedDataParallel) and not model.sync_ascent
-    return model.no_sync() if spread_out else nullcontext()
+    return nullcontext() if getattr(model, "sync_ascent", True) else model.no_sync()
 
 
 def wait_for_first(model=None):
@@ -1672,9 +1644,9 @@ PRESETS = {  # every setting that differs between the two
 
 
 class Method(NamedTuple):
-    step: object    # of the settings: its step(model, x, y, optimizer), the radius filled in
+    step: object    # settings -> step(model, x, y, optimizer), the radius filled in
     keys: tuple     # the settings that belong to it
-    passes: object  # of the settings: what a step costs, in forward passes
+    passes: object  # settings -> what a step costs, in forward passes
 
 
 AT_KEYS = "norm", "eps", "attack_steps"
@@ -1694,21 +1666,20 @@ METHODS = {
 
 def attacked(s, step):
     """A step on images attacked as the settings say; with several processes, from starts that are not all the same."""
-    attack = partial(at_step, eps=s.eps, norm=s.norm, steps=s.attack_steps, step=step)
-    if world() == 1:
-        return attack
-
-    def with_own_starts(model, x, y, optimizer):
-        seed = int(torch.randint(2 ** 60, ())) + rank()  # the first term is the same in all processes
-        return attack(model, x, y, optimizer, generator=torch.Generator(x.device).manual_seed(seed))
-    return with_own_starts
+    def on_attacked(model, x, y, optimizer):
+        generator = None  # torch's own
+        if world() > 1:
+            seed = int(torch.randint(2 ** 60, ())) + rank()  # the first term is the same in all processes
+            generator = torch.Generator(x.device).manual_seed(seed)
+        return at_step(model, x, y, optimizer, s.eps, norm=s.norm, steps=s.attack_steps, step=step, generator=generator)
+    return on_attacked
 
 
 OUTSIDE = {"autoattack": "AutoAttack", "cw": "CW", "apgdt": "APGDT", "fab": "FAB", "square": "Square", "pixle": "Pixle"}
 
 
-class BadRadius(ValueError, argparse.ArgumentTypeError):
-    """A ValueError whose message argparse shows."""
+class BadRadius(BadInput, ValueError, argparse.ArgumentTypeError):
+    """A radius or an attack that makes no sense; argparse puts the flag's name before the message."""
 
 
 def parse_attack(name):
@@ -1750,24 +1721,17 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def number(kind, low, *, strict=False, most=None):
-    """An argparse type: an int or float from `low` (above it, if strict) to `most`, or to what torch can take."""
+def number(kind, low, most=None):
+    """An argparse type: an int or float from `low` to `most`, or to what torch can take."""
     most = most or (2 ** 63 - 1 if kind is int else 1e30)
 
     def parse(text):
-        with suppress(ValueError):
-            value = kind(text)
-            if value <= most and (value > low if strict else value >= low):
-                return value
-        what = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what} {'>' if strict else '>='} {low} and <= {most:.3g}")
+        if not low <= kind(text) <= most:  # nan is not
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {most:g}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # for argparse's "invalid float value: 'big'"
     return parse
-
-
-def attack_name(text):
-    """An argparse type: the name of an attack, refused if parse_attack refuses it."""
-    parse_attack(text)
-    return text
 
 
 def show_radius(eps):
@@ -1779,39 +1743,40 @@ def parse_args(argv):
     """The settings of a run: flags over preset. Raises BadInput."""
     parser = Parser(prog="sam_at.py", allow_abbrev=False,
                     description="Train with SGD, SAM and AT, and attack what came of it.")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     flag = parser.add_argument_group("what to run").add_argument
-    flag("--preset", choices=list(PRESETS),
+    flag("--preset", choices=list(PRESETS), default="paper" if gpus else "demo",
          help="demo: embedded data, small network, CPU; paper: CIFAR-10, PreActResNet-18, GPU; any other flag "
               "overrides its preset's value (default: paper where CUDA is there, otherwise demo)")
     flag("--method", nargs="+", choices=list(METHODS), default=["sgd", "sam", "at"], metavar="METHOD",
          help=f"one or several of {', '.join(METHODS)} (default: sgd sam at)")
     flag("--seed", type=number(int, 0), default=0, help="of weights, batches and attacks (default: 0)")
-    flag("--device", help="cpu, cuda, cuda:N or mps (default: cuda where it is there, otherwise cpu)")
+    flag("--device", choices=["cpu", *(["cuda"] if gpus else []), *gpus, *["mps"] * torch.backends.mps.is_available()],
+         default="cuda" if gpus else "cpu", help="(default: cuda where it is there, otherwise cpu)")
     flag("--runs", metavar="DIR", default="runs", help="where the runs' folders go (default: runs)")
-    flag("--fresh", action="store_true", help="start over, where the same command would go on or report a finished run")
+    flag("--fresh", action="store_true", help="start over, rather than go on or report a finished run")
     flag("--json", metavar="FILE", help="write the final table there, as a list of rows")
-    group = parser.add_argument_group("instead of training")
-    flag = group.add_mutually_exclusive_group().add_argument
+    flag = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
+    mode = partial(flag, dest="mode", action="store_const")
     flag("--eval", metavar="CHECKPOINT", help="attack the model in runs/NAME/checkpoint.pt")
-    flag("--benchmark", action="store_true", help="time a step of each method: what SAM and AT cost on this device")
-    flag("--theory", action="store_true", help="the simplified model, solved, searched and trained; its picture")
+    mode("--benchmark", const=run_benchmark, help="time a step of each method: what SAM and AT cost on this device")
+    mode("--theory", const=run_theory, help="the simplified model, solved, searched and trained; its picture")
     flag("--sharpness", nargs="+", metavar="CHECKPOINT", help="how far the loss of saved models rises around their "
          "weights and around their inputs (--norm), and how far their features move; its picture")
-    flag("--report", action="store_true", help="write RESULTS.md from the records in runs/ and results/records.jsonl")
-    flag("--pictures", action="store_true", help="draw results/*.png from the same records (needs matplotlib)")
+    mode("--report", const=run_report, help="write RESULTS.md from the records in runs/ and results/records.jsonl")
+    mode("--pictures", const=run_pictures, help="draw results/*.png from the same records (needs matplotlib)")
     flag = parser.add_argument_group("radii (pixels are in [0,1])").add_argument
-    flag("--rho", type=number(float, 0), default=0.2, help="radius in weight space of sam, esam and sam+at, "
-         "and of asam, which wants about ten times as much (default: 0.2)")
-    flag("--eps", type=parse_radius, help="AT's radius in input space, as 8/255 or 0.03 "
+    flag("--rho", type=number(float, 0), default=0.2, help="SAM's, over weights; asam wants 10 times it (default: 0.2)")
+    flag("--eps", type=parse_radius, help="AT's, over pixels, as 8/255 or 0.03 "
          "(default: preset demo: 4/255, paper: 8/255; 128/255 with --norm l2)")
     flag("--norm", choices=["linf", "l2"], default="linf", help="AT's norm (default: linf)")
     flag("--attack-steps", type=number(int, 1), default=5, help="AT's attack steps, each of eps/4 (default: 5)")
-    share = number(float, 0, strict=True, most=1)
+    share = number(float, 1e-6, most=1)
     flag("--esam-beta", type=share, default=0.5, help="share of the weights that ascend in esam (default: 0.5)")
     flag("--esam-gamma", type=share, default=0.5, help="share of the images in its second pass (default: 0.5)")
     flag("--awp-gamma", type=number(float, 0), default=0.005, help="awp's radius over a layer's norm (default: 0.005)")
     flag = parser.add_argument_group("evaluation").add_argument
-    flag("--attacks", nargs="+", type=attack_name, default=list(ATTACKS), metavar="ATTACK",
+    flag("--attacks", nargs="+", default=list(ATTACKS), metavar="ATTACK",
          help=f"'linf EPS', 'l2 EPS', either with 'margin' behind it for that loss, 'fgsm EPS'; with torchattacks "
               f"{', '.join(OUTSIDE)}, torchattacks:NAME, as in 'autoattack l2 0.5' (default: {', '.join(ATTACKS)})")
     flag("--eval-steps", type=number(int, 1), default=10, help="PGD steps, each of eps/4 (default: 10)")
@@ -1823,78 +1788,58 @@ def parse_args(argv):
     flag("--data-dir", metavar="DIR", help="where CIFAR is or goes (default: data); for folder, the one with "
          "train/CLASS/ and test/CLASS/; for tiny-imagenet, the one that its archive makes")
     flag("--model", choices=list(MODELS), help="(default: preset demo: small, paper: prn18)")
-    flag("--width", type=number(int, 1), help="channels of the first layer (default: small: 16, prn18: 64, "
-         "wrn28_10: 16, deit_ti: 192, always a multiple of 3)")
+    flag("--width", type=number(int, 1), help="channels of the first layer (default: small and wrn28_10: 16, "
+         "prn18: 64, deit_ti: 192, always a multiple of 3)")
     flag = parser.add_argument_group("training").add_argument
     flag("--epochs", type=number(int, 1), help="(default: preset demo: 15, paper: 100)")
     flag("--batch-size", type=number(int, 1), default=128, help="(default: 128)")
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto",
          help="of training; evaluation is always fp32 (default: auto, bf16 where the device multiplies in it)")
-    flag("--compile", action=argparse.BooleanOptionalAction,
-         help="torch.compile the network for training (default: on for CUDA and 20 epochs or more)")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network for training (default: on "
+         "for CUDA and 20 epochs or more)")
     flag("--optimizer", choices=list(OPTIMIZERS), help="(default: sgd; deit_ti: adamw)")
-    flag("--lr", type=number(float, 0, strict=True), help="learning rate; a tenth of it from 75%% of the epochs, a "
-         "hundredth from 90%% (default: 0.1; adam and adamw: 0.001)")
-    flag("--batchnorm", choices=["once", "always", "synced"], default="once", help="move its running statistics once a "
-         "step; or also in SAM's second pass and in attack steps, as the authors' code does; or once, over all devices "
-         "of torchrun together, on CUDA (default: once)")
-    flag("--sync-ascent", action="store_true", help="under torchrun: one ascent of SAM for the whole batch, not one a "
-         "device")
+    flag("--lr", type=number(float, 1e-12), help="learning rate; a tenth of it from 75%% of the epochs, a hundredth "
+         "from 90%% (default: 0.1; adam and adamw: 0.001)")
+    flag("--batchnorm", choices=["once", "always", "synced"], default="once", help="its running statistics move once "
+         "a step; or in SAM's second pass and in attack steps too, as in the authors' code; or once, over all CUDA "
+         "devices of torchrun together (default: once)")
+    flag("--sync-ascent", action="store_true", help="under torchrun: one ascent of SAM for the whole batch")
 
     s = parser.parse_args(argv)
-    s.preset_given = s.preset is not None
-    s.preset = s.preset or ("paper" if torch.cuda.is_available() else "demo")
+    s.mode = s.mode or (run_eval if s.eval else run_sharpness if s.sharpness else run_training)
     if s.eval or s.sharpness:
-        settings = load_checkpoint(s.eval or s.sharpness[0])["settings"]
-        s.model, s.width, s.dataset = settings["model"], settings["width"], s.dataset or settings["dataset"]
+        saved = load_checkpoint(s.eval or s.sharpness[0])["settings"]
+        s.dataset = s.dataset or saved["dataset"]
     for key, value in PRESETS[s.preset].items():
         if getattr(s, key) is None:
             setattr(s, key, value[s.norm] if isinstance(value, dict) else value)
+    for name in s.attacks:
+        parse_attack(name)  # raises, if it makes no sense
     s.method = list(dict.fromkeys(s.method))
-    modes = ((s.eval, run_eval), (s.benchmark, run_benchmark), (s.report, run_report), (s.pictures, run_pictures),
-             (s.theory, run_theory), (s.sharpness, run_sharpness))
-    s.mode = next((mode for asked, mode in modes if asked), run_training)
-    s.device = parse_device(s.device)
     s.optimizer = s.optimizer or ("adamw" if s.model == "deit_ti" else "sgd")
     s.lr = s.lr or (0.1 if s.optimizer == "sgd" else 1e-3)
-    if s.model == "deit_ti" and s.width and s.width % 3:
-        raise BadInput(f"--width {s.width}: deit_ti needs a multiple of 3, its number of heads")
-    if s.dataset in ("folder", "tiny-imagenet") and not s.data_dir:
-        raise BadInput(f"--dataset {s.dataset} needs --data-dir DIR")
-    if s.batchnorm == "synced" and s.device.type != "cuda":
-        raise BadInput("--batchnorm synced needs CUDA devices")
-    if s.sync_ascent and "esam" in s.method:
-        raise BadInput("--sync-ascent: esam's ascent, on a random part of the weights, stays on its device")
-    if s.corruptions and not s.eval:
-        raise BadInput("--corruptions needs --eval CHECKPOINT")
     s.data_dir_given = s.data_dir is not None
     s.data_dir = s.data_dir or "data"
+    s.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if s.device == "cuda" else s.device)
+    if on_cuda := s.device.type == "cuda":
+        torch.cuda.set_device(s.device)  # so that whatever asks for "the" GPU means this one
+        torch.backends.cudnn.allow_tf32 = False  # torch's default, TF32, rounds the inputs of convolutions to 10 bits
     if s.compile is None:  # compiling takes a minute or two; on the CPU it gained nothing (1.08 s a step either way)
-        s.compile = s.device.type == "cuda" and s.epochs >= 20 and not s.benchmark
-    if s.device.type == "cuda":  # torch's default, TF32, rounds the inputs of float32 convolutions to 10 bits
-        torch.backends.cudnn.allow_tf32 = False
-    s.precision = ("bf16" if has_bf16(s.device) else "fp32") if s.precision == "auto" else s.precision
-    if s.json:
-        check_json(Path(s.json))
-    above = next(p for p in (Path(s.runs), *Path(s.runs).absolute().parents) if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise BadInput(f"--runs {s.runs}: cannot write there")
+        s.compile = on_cuda and s.epochs >= 20 and s.mode is not run_benchmark
+    if s.precision == "auto":
+        s.precision = "bf16" if has_bf16(s.device) else "fp32"
+    runs = next(p for p in (Path(s.runs), *Path(s.runs).absolute().parents) if p.exists())
+    for wrong, message in (
+            (s.model == "deit_ti" and (s.width or 0) % 3, f"--width {s.width}: deit_ti needs a multiple of 3"),
+            (s.dataset in ("folder", "tiny-imagenet") and not s.data_dir_given, f"{s.dataset} needs --data-dir DIR"),
+            (s.batchnorm == "synced" and not on_cuda, "--batchnorm synced needs CUDA devices"),
+            (s.sync_ascent and "esam" in s.method, "--sync-ascent: each device ascends on random weights in esam"),
+            (s.corruptions and not s.eval, "--corruptions needs --eval CHECKPOINT"),
+            (s.json and not json_can_go(Path(s.json)), f"--json {s.json}: no place to write, or not written by --json"),
+            (not runs.is_dir() or not os.access(runs, os.W_OK), f"--runs {s.runs}: cannot write there")):
+        if wrong:
+            raise BadInput(message)
     return s
-
-
-def parse_device(name):
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise BadInput(f"--device {name}: expected cpu, cuda, cuda:N or mps") from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= count.get(device.type, 0):
-        raise BadInput(f"--device {name}: not on this machine; leave it out, or use --device cpu")
-    if device.type == "cuda":
-        if device.index is None and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # under torchrun, one each
-        torch.cuda.set_device(device)  # so that whatever asks for "the" GPU means this one
-    return device
 
 
 def has_bf16(device):
@@ -1905,14 +1850,13 @@ def has_bf16(device):
     return device.type == "cpu" and any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def check_json(path):
-    """Refuse now what could not be written after hours of training, and what --json did not write."""
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise BadInput(f"--json {path}: cannot write there")
-    with suppress(OSError, ValueError):
-        if not path.exists() or not path.read_text() or isinstance(json.loads(path.read_text()), list):
-            return
-    raise BadInput(f"--json {path}: this file is there, and --json did not write it; name another")
+def json_can_go(path):
+    """Asked before hours of training: whether --json can write there, over nothing but what it wrote."""
+    try:
+        old = json.loads(path.read_text() or "[]") if path.exists() else []
+    except (OSError, ValueError):
+        return False
+    return isinstance(old, list) and path.parent.is_dir() and os.access(path.parent, os.W_OK)
 
 
 def show_results(records, s):
@@ -1920,13 +1864,11 @@ def show_results(records, s):
     rows = [{"method": r["settings"]["method"], "clean": r["clean"], "robust": r["robust"], "seconds": r["seconds"]}
             for r in records]
     base = next((r["seconds"] for r in rows if r["method"] == "sgd"), None)
-    cells = [["method", "clean", *rows[0]["robust"], "train time", "x SGD"]]
-    for r in rows:
-        accuracies = (f"{a:.1f}" for a in (r["clean"], *r["robust"].values()))
-        ratio = f"{r['seconds'] / base:.1f}" if base else "-"
-        cells.append([r["method"], *accuracies, f"{r['seconds']:.1f} s", ratio])
+    cells = [[r["method"], *(f"{a:.1f}" for a in (r["clean"], *r["robust"].values())), f"{r['seconds']:.1f} s",
+              f"{r['seconds'] / base:.1f}" if base else "-"] for r in rows]
     starts = f" from each of {s.restarts} starts" if s.restarts > 1 else ""
-    print(f"\naccuracy in percent, clean and under PGD-{s.eval_steps}{starts}\n" + align(cells))
+    print(f"\naccuracy in percent, clean and under PGD-{s.eval_steps}{starts}")
+    print(align([["method", "clean", *rows[0]["robust"], "train time", "x SGD"], *cells]))
     for r in records:
         for doubt in r["warnings"]:
             print(f"warning: {label_of(r['settings'])}: {doubt}")
@@ -1942,8 +1884,7 @@ def align(cells):
 def run_training(s):
     """Train and attack every method asked for; print the table and return its rows."""
     other = "paper" if s.preset == "demo" else "demo"
-    why = "as asked" if s.preset_given else f"CUDA is {'' if s.preset == 'paper' else 'not '}there"
-    print(f"preset {s.preset} ({why}); for the other: --preset {other}", flush=True)
+    print(f"preset {s.preset}; for the other: --preset {other} (default: paper with CUDA, otherwise demo)", flush=True)
     data = load_data(s.dataset, s.data_dir)
     if s.batch_size % world():
         raise BadInput(f"--batch-size {s.batch_size} cannot be shared by {world()} processes")
@@ -1979,10 +1920,10 @@ def main(argv=None):
         rows = s.mode(s) if s.mode in (run_training, run_eval) or not rank() else []
         if s.json:
             write_whole(s.json, json.dumps(rows, indent=1) + "\n")
-        if distributed.is_available() and distributed.is_initialized():
+        if world() > 1:
             distributed.destroy_process_group()
         return 0
-    except (BadInput, Diverged, OSError) as error:  # OSError: a full disk, a folder that cannot be written
+    except (BadInput, Diverged, OSError) as error:  # OSError: a full disk, a folder that is not there
         code, message = 2, error
     except torch.OutOfMemoryError as error:
         code, message = 2, f"{first_line(error)}; try a smaller --batch-size or --width"
