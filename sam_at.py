@@ -1227,8 +1227,8 @@ def run_method(method, s, data):
         print(f"{label}  goes on after epoch {len(log)}/{s.epochs}, from {checkpoint}", flush=True)
     machine = device_name(s.device) + (f" x {world()}" if world() > 1 else "")
     record = {"name": folder.name, "settings": settings, "command": command_of(settings, attack), "data": data.source,
-              "data_note": data.note, "test_images": len(data.x_test), "machine": machine, "torch": torch.__version__, "log": log,
-              "finished": False}
+              "data_note": data.note, "test_images": len(data.x_test), "machine": machine, "torch": torch.__version__,
+              "log": log, "finished": False}
     folder.mkdir(parents=True, exist_ok=True)
     terminal = sys.stdout.isatty()
 
@@ -1466,56 +1466,59 @@ def accuracies(rows, *more):
     return markdown(["method", "seeds", *columns, *(name for name, _ in more)], cells)
 
 
+def section(runs):
+    """The lines of RESULTS.md on runs that share a setting: table, verdicts, other attacks, doubts, commands."""
+    first, rows = runs[0], grouped(runs)
+    settings = first["settings"]
+
+    def all_of(key):
+        return ", ".join(sorted({str(r.get(key) or r["settings"].get(key)) for r in runs}))
+
+    width = f" of width {settings['width']}" if settings["width"] else ""
+    out = ["", f"## {first['data']}; {settings['model']}{width}, {settings['epochs']} epochs", "",
+           f"Machine: {all_of('machine')}. Torch {all_of('torch')}, training in {all_of('precision')}, batch "
+           f"{settings['batch_size']}, learning rate {settings['lr']:g}. Run on {all_of('date')}. Attacks: "
+           f"{show_evaluation(first)}.", ""]
+    out += accuracies(rows, ("train s", lambda runs: f"{fmean(r['seconds'] for r in runs):.1f}"))
+    out += ["", "Not run: " + (", ".join(label for label in RECIPE if label not in rows) or "nothing") + ".", ""]
+    out += [*(f"- **{claim}** {text}." for claim, text in verdicts(rows)), ""]
+    for other in grouped([r | e for r in runs for e in evaluations(r)[1:]], show_evaluation).values():
+        out += [f"The same models under {show_evaluation(other[0])}:", "", *accuracies(grouped(other)), ""]
+    for label, of_label in rows.items():
+        doubts = [f"seed {r['settings']['seed']}, {doubt}" for r in of_label for doubt in r["warnings"]]
+        out += [f"- Doubts about {label}: {'; '.join(doubts)}."] * bool(doubts)
+    commands = [command_of(r["settings"], r["evaluation"]) for r, *_ in rows.values()]
+    return [*out, "", "Commands, for the first seed of each row:", "", "```", *commands, "```"]
+
+
 def report(records, theory=()):
-    """RESULTS.md as text: for each data set, network and recipe among the records, tables, verdicts and commands; the
-    rows of theory(). What the papers' recipe has and no record holds is named as not run."""
+    """RESULTS.md as text, from records and from the rows of theory()."""
     out = ["# Results", "", "Written by `python sam_at.py --report` from the records of finished runs; do not edit.",
            "Accuracies are in percent: the mean over seeds, ± their standard deviation where there are several.", ""]
     notes = {r["data"]: r["data_note"] for r in records if r.get("data_note")}
     out += [f"**{name}**: {note}\n" for name, note in notes.items()]
     out += ["Rules of the verdicts; the error of a mean is the larger of the seeds' and the test set's:", "", RULES]
     for runs in grouped(records, setting_of).values():
-        first, rows = runs[0], grouped(runs)
-        settings, attack = first["settings"], first["evaluation"]
-
-        def all_of(key, runs=runs):
-            return ", ".join(sorted({str(r.get(key) or r["settings"].get(key)) for r in runs}))
-
-        width = f" of width {settings['width']}" if settings["width"] else ""
-        out += ["", f"## {first['data']}; {settings['model']}{width}, {settings['epochs']} epochs", "",
-                f"Machine: {all_of('machine')}. Torch {all_of('torch')}, training in {all_of('precision')}, batch "
-                f"{settings['batch_size']}, learning rate {settings['lr']:g}. Run on {all_of('date')}. Attacks: "
-                f"{show_evaluation(first)}.", ""]
-        out += accuracies(rows, ("train s", lambda runs: f"{fmean(r['seconds'] for r in runs):.1f}"))
-        out += ["", "Not run: " + (", ".join(label for label in RECIPE if label not in rows) or "nothing") + ".", ""]
-        out += [*(f"- **{claim}** {text}." for claim, text in verdicts(rows)), ""]
-        for other in grouped([r | e for r in runs for e in evaluations(r)[1:]], show_evaluation).values():
-            out += [f"The same models, attacked otherwise: {show_evaluation(other[0])}.", "", *accuracies(grouped(other)), ""]
-        for label, of_label in rows.items():
-            doubts = [f"seed {r['settings']['seed']}, {doubt}" for r in of_label for doubt in r["warnings"]]
-            out += [f"- Doubts about {label}: {'; '.join(doubts)}."] * bool(doubts)
-        out += ["", "Commands, for the first seed of each row:", "", "```"]
-        out += [*(command_of(r["settings"], r["evaluation"]) for r, *_ in rows.values()), "```"]
+        out += section(runs)
     for dataset in "cifar10", "cifar100":
         if not any(r["settings"]["dataset"] == dataset for r in records):
-            out += ["", f"## {dataset}; prn18, 100 epochs", "", f"Not run: {', '.join(RECIPE)}. `./run_all.sh` trains and "
-                    "attacks them on a GPU; `./run_all.sh --dry-run` says how long that takes there."]
+            out += ["", f"## {dataset}; prn18, 100 epochs", "", f"Not run: {', '.join(RECIPE)}. `./run_all.sh` trains "
+                    "and attacks them on a GPU; `./run_all.sh --dry-run` says how long that takes there."]
     out += ["", "## The simplified model: weight on the robust feature", ""]
-    if theory:
-        worst = max(abs(r[key] / r["closed_form"] - 1) for r in theory for key in ("numerical", "trained"))
-        out += markdown(["training", "radius", "closed form", "numerical", "trained"],
-                        [[name, *(f"{value:.3f}" for value in values)] for name, *values in map(dict.values, theory)])
-        out += ["", f"- **C4** {'holds' if worst < 0.03 else 'does not hold here'} (at most {100 * worst:.1f}% apart)."]
-    else:
-        out += ["- **C4** not run: `python sam_at.py --theory`."]
+    if not theory:
+        return "\n".join([*out, "- **C4** not run: `python sam_at.py --theory`."]) + "\n"
+    apart = 100 * max(abs(r[key] / r["closed_form"] - 1) for r in theory for key in ("numerical", "trained"))
+    out += markdown(["training", "radius", "closed form", "numerical", "trained"],
+                    [[name, *(f"{value:.3f}" for value in values)] for name, *values in map(dict.values, theory)])
+    out += ["", f"- **C4** {'holds' if apart < 3 else 'does not hold here'} (at most {apart:.1f}% apart)."]
     return "\n".join(out) + "\n"
 
 
 def show_evaluation(record):
     """"PGD-10 from 1 start(s), 1000 images", or the names of outside attacks."""
     asked = record["evaluation"]
-    outside_only = all(name.split()[0] not in ("linf", "l2") for name in asked["attacks"])
-    how = ", ".join(asked["attacks"]) if outside_only else f"PGD-{asked['eval_steps']} from {asked['restarts']} start(s)"
+    ours = any(name.split()[0] in ("linf", "l2") for name in asked["attacks"])
+    how = f"PGD-{asked['eval_steps']} from {asked['restarts']} start(s)" if ours else ", ".join(asked["attacks"])
     return f"{how}, {images_of(record)} images"
 
 
@@ -1574,7 +1577,7 @@ def run_pictures(s):
 
 
 def draw_tradeoff(pyplot, s, runs):
-    """Clean against robust accuracy, a panel for each attack, a point for each run, its radius beside it."""
+    """Clean against robust accuracy, a panel for each attack, a point for each run, the radius beside a row's mean."""
     attacks = list(runs[0]["robust"])
     markers = dict(zip(METHODS, [("o", 30), ("^", 60), (">", 60), ("v", 60), ("s", 110), ("D", 90), ("p", 120)]))
     rows = -(-len(attacks) // 2)
@@ -1585,12 +1588,14 @@ def draw_tradeoff(pyplot, s, runs):
             marker, size = markers[method]
             axis.scatter([r["robust"][attack] for r in of_method], [r["clean"] for r in of_method], marker=marker,
                          s=size, facecolors="none", edgecolors=COLOURS[method], linewidths=1.5, label=method.upper())
-        points = grouped(runs, lambda r, attack=attack: (r["robust"][attack], r["clean"]))  # runs on one share a label
-        for at, here in points.items():
-            label = ", ".join(dict.fromkeys(label_of(r["settings"]).partition(" ")[2] for r in here))
+        means = {}  # rows whose means coincide share a label
+        for label, of_label in grouped(runs).items():
+            at = tuple(round(mean_and_error(of_label, key)[0], 1) for key in (attack, "clean"))
+            means.setdefault(at, []).append(label.partition(" ")[2])
+        for at, labels in means.items():
             right = at[0] > fmean(axis.get_xlim())
-            axis.annotate(textwrap.fill(label, 40), at, textcoords="offset points", xytext=(-7 if right else 7, 7),
-                          fontsize=7, ha="right" if right else "left")
+            axis.annotate(textwrap.fill(", ".join(filter(None, labels)), 40), at, textcoords="offset points", fontsize=7,
+                          xytext=(-7 if right else 7, 7), ha="right" if right else "left")
     axes[0][0].legend(fontsize=9)
     return figure
 
@@ -1909,7 +1914,8 @@ def run_eval(s):
     print(f"{s.eval}: {label_of(state['settings'])} after {len(state['log'])} epochs; data: {data.source}", flush=True)
     found = assess(model, data, s)
     keep_evaluation(Path(s.eval).parent / "record.json", state["settings"], data, found)
-    return show_results([{"settings": state["settings"], "seconds": sum(r["seconds"] for r in state["log"])} | found], s)
+    seconds = sum(row["seconds"] for row in state["log"])
+    return show_results([{"settings": state["settings"], "seconds": seconds} | found], s)
 
 
 def main(argv=None):

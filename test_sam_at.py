@@ -1591,7 +1591,7 @@ def test_what_was_measured_of_a_run_is_kept(tiny_demo, monkeypatch):
     assert [e["evaluation"]["attacks"] for e in sam_at.evaluations(record)] == [["linf 0.1"], ["linf 2/255"], ["fgsm", "l2 0.5"]]
     assert cli("--report")[0] == 0
     text = Path("RESULTS.md").read_text()
-    assert "attacked otherwise: PGD-3 from 1 start(s), 7 images" in text and f"{more['clean']:.1f} | {more['robust']['fgsm']:.1f}" in text
+    assert "The same models under PGD-3 from 1 start(s), 7 images" in text and f"{more['clean']:.1f} | {more['robust']['fgsm']:.1f}" in text
     monkeypatch.setattr(sam_at, "load_data", lambda *_: tiny_data(24, seed=5, size=32))  # other data: not this run's
     code, out, _ = cli("--eval", folder / "checkpoint.pt", "--attacks", "fgsm")
     assert code == 0 and "kept" not in out and json.loads((folder / "record.json").read_text()) == record
