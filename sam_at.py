@@ -1,15 +1,15 @@
 """Sharpness-aware minimization (SAM) and adversarial training (AT), side by side in one file.
 
-Two papers ask whether a network that is flat around its weights is also flat around its inputs:
+Two papers ask whether a network whose loss is flat around its weights also has it flat around its inputs:
   [1] Sharpness-Aware Minimization Alone can Improve Adversarial Robustness, ICML 2023 workshop, arXiv 2305.05392
   [2] On the Duality Between Sharpness-Aware Minimization and Adversarial Training, ICML 2024, arXiv 2402.15152
 
-Standard training minimises the loss L(w; x, y) over the weights w. The other two put a maximum inside:
+Standard training minimises the loss L(w; x, y) over the weights w. SAM and AT put a maximum inside:
 
     SAM   min_w  max_{|v|_2 <= rho}      L(w + v; x, y)           the worst weights near w, one v for all images
     AT    min_w  max_{|delta|_p <= eps}  L(w; x + delta, y)       the worst input near x, a delta for each image
 
-They are dual: the same maximum, once over weights and once over inputs. [1, 2] find that SAM, which never
+They are dual: the same kind of maximum, once over weights and once over inputs. [1, 2] find that SAM, which never
 sees an attacked image, still gains robustness, and unlike AT does so without losing clean accuracy.
 
     python sam_at.py                          train with SGD, SAM and AT, attack all three, print one table
@@ -22,6 +22,8 @@ Read from the top: 1 input space, 2 weight space, 3 the three training steps, 4 
 loop, 7 evaluation. What follows can wait: 8 why it works, in a model that can be solved, 9 the duality, measured on
 trained networks, 10 variants of SAM and AT, more networks and attacks, 11 where the data comes from, 12 what a step
 costs, 13 several devices, 14 runs that can be repeated, 15 the report, 16 the command line.
+
+bare, on_its_own, share, total, rank and world (section 13) change nothing on a single device: read past them.
 
 Units everywhere: pixels are in [0,1], eps and delta in the same unit (so 8/255, not 8), rho in the unit of the
 weights. x: float images (N, C, H, W) or any (N, ...). y: integer labels (N,). logits: (N, classes).
@@ -108,24 +110,23 @@ def off(attribute, things):
 
 
 def frozen_weights(model):
-    """Inside, weights get no gradient, nor is an activation kept for one: a third of an attack's cost, for nothing."""
+    """Inside, no weight gradient is computed, nor an activation kept for one: a third of an attack's cost saved."""
     return off("requires_grad", model.parameters())
 
 
 def frozen_statistics(model):
-    """Inside, BatchNorm's running mean and variance are not updated. They are to describe the network that is kept,
-    on the images that it is trained on, not a perturbed network or a half-made attack. (--batchnorm always: they are.)
-    """
+    """Inside, BatchNorm's running mean and variance are not updated (unless --batchnorm always). They should describe
+    the network that is kept, on the images that it is trained on, not a perturbed network or a half-made attack."""
     return off("track_running_stats", [] if getattr(bare(model), "always_track", False) else model.modules())
 
 
 def cross_entropy(logits, y):
-    """The loss that an attack raises: a sum over the images, so that each one's gradient is its own."""
+    """The loss that an attack raises: summed, so that an image's gradient does not shrink with the batch."""
     return F.cross_entropy(logits, y, reduction="sum")
 
 
 def pgd_step(model, x, y, delta, eps, step_size, norm, loss=cross_entropy):
-    """One step in the input:  delta <- P_eps(delta + step_size * s),  s the steepest direction of g = dL/ddelta.
+    """One step in the input:  delta <- clip(P_eps(delta + step_size * steepest(g))),  g = dL/ddelta.
 
     Returns the next delta, and the logits at the one that came in.
     """
@@ -139,13 +140,13 @@ def pgd_step(model, x, y, delta, eps, step_size, norm, loss=cross_entropy):
 
 def pgd(model, x, y, eps, *, steps=10, step_size=None, norm="linf", loss=cross_entropy, random_start=True,
         generator=None):
-    """Projected gradient descent: maximise the loss over |delta|_p <= eps (Madry et al. 2018).
+    """Projected gradient descent on -L: the worst delta with |delta|_p <= eps (Madry et al. 2018).
 
     x        (N, ...) pixels in [0,1]; y: (N,) labels. The model takes pixels: its normalisation is inside it.
     eps      radius in pixel units, for example 8/255; step_size defaults to eps/4, as in [1, 2].
     norm     "linf" or "l2".
-    Returns x_adv, shape and dtype of x, in [0,1] and within eps of x. A pixel whose gradient is zero or not finite
-    does not move in that step. The model is only looked at: its weights, .grad, running statistics and mode stay as
+    Returns x_adv, shape and dtype of x, in [0,1] and within eps of x. A gradient entry that is zero or not finite
+    takes no part in its step. The model is only looked at: its weights, .grad, running statistics and mode stay as
     they were, and no weight gradient is computed.
     Raises ValueError for an unknown norm or a negative eps or steps, TypeError for images that are not floats.
     """
@@ -172,8 +173,7 @@ def fgsm(model, x, y, eps):
 #    The same maximum over the weights. SAM takes one step to the edge of the ball, to first order its worst point:
 #        AT   delta <- delta + step * steepest(g),  g = dL/dx, image by image, repeated and projected
 #        SAM  v     =  rho * g/|g|_2,               g = dL/dw, all weights and the whole batch together, once
-#    On a linear score the two moves are one: (w + v).x = w.(x + delta) with delta = (v.x) w/|w|^2. That is the duality
-#    in its simplest form: weights that may be wrong by v are inputs that may be wrong by delta.
+#    On a linear score the two moves are one: (w + v).x = w.(x + delta) with delta = (v.x) w/|w|^2.
 
 
 def ascent(weights, grads, rho):
@@ -198,7 +198,7 @@ def perturbed(weights, rho, ascend=ascent):
             there = ascend(here, grads, rho)
             torch._foreach_add_(there, here)  # v becomes w + v
             for w, moved in zip(weights, there):
-                w.data = moved  # w itself lies untouched in `here`: the one extra copy, and nothing to undo
+                w.data = moved  # w itself lies untouched in `here`: `there` is the one extra copy
         yield
     finally:
         for w, kept in zip(weights, here):
@@ -240,7 +240,8 @@ def at_step(model, x, y, optimizer, eps, *, steps=5, step_size=None, norm="linf"
     """AT: the gradient at (w, x + delta) (Madry et al. 2018, eq. 2.1).  steps + 1 gradients a step.
 
     The attack runs in the model's own mode, so in training it sees the batch's statistics, as in the authors' code.
-    The loss and logits are those of the attacked images. With step = sam_step, SAM and AT are one: (w + v, x + delta).
+    The loss and logits are those of the attacked images. With step = partial(sam_step, rho=rho) the two combine: the
+    gradient at (w + v, x + delta), steps + 2 in all.
     """
     x_adv = pgd(bare(model), x, y, eps, steps=steps, step_size=step_size, norm=norm, generator=generator)
     return step(model, x_adv, y, optimizer)
@@ -265,8 +266,8 @@ class PreActBlock(nn.Module):
 
     def forward(self, x):
         h = F.relu(self.bn1(x))
-        if self.shortcut is not None:  # the same as a convolution with this stride, which corrupts memory on
-            x = self.shortcut(h[:, :, ::self.stride, ::self.stride])  # some CPUs (oneDNN issue 6035)
+        if self.shortcut is not None:  # sliced, not strided: the same, but strided 1x1 convolutions corrupt memory
+            x = self.shortcut(h[:, :, ::self.stride, ::self.stride])  # on some CPUs (oneDNN issue 6035)
         return self.conv2(F.relu(self.bn2(self.conv1(h)))) + x
 
 
@@ -321,7 +322,7 @@ CIFAR10_MEAN_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # mean, s
 
 
 def make_model(name, num_classes, mean_std=CIFAR10_MEAN_STD, *, width=None):
-    """A classifier of (N, 3, 32, 32) pixels in [0,1]: "prn18" (11,172,170 parameters at 10 classes), or one of MODELS.
+    """A classifier of (N, 3, 32, 32) pixels in [0,1]: "prn18" (11,172,170 parameters at 10 classes) or any of MODELS.
 
     mean_std  of the pixels, three channels each; width: channels of the first layer, if not the network's own.
     Raises ValueError for an unknown name.
@@ -353,7 +354,7 @@ def to_pixels(x):
 
 
 def crop_and_flip(x, pad=4):
-    """A random crop of each image with its border of `pad` pixels reflected, mirrored or not. (N, C, H, W) in and out.
+    """Reflect-pad each image by `pad`, crop it at random to its size, mirror half of them. (N, C, H, W) in and out.
 
     One gather for the batch: pixel (i, j) comes from (reflect(i + di), reflect(j + dj)), with j mirrored half the time.
     """
@@ -388,18 +389,22 @@ def make_optimizer(model, lr, epochs, name="sgd"):
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
 
+class Diverged(Exception):
+    """Training left the finite numbers."""
+
+
 def train(model, data, step, optimizer, schedule, *, epochs, batch_size, on_batch=lambda epoch, done, total: None):
     """Train in place with step(model, x, y, optimizer) -> (loss, logits), one of section 3 with its radius filled in.
-    It starts at the schedule's epoch, 0 if that is new.
+    A new schedule starts at epoch 1, one that was loaded goes on.
 
     A generator: yields one row an epoch, {"epoch", "lr", "loss", "accuracy", "seconds"}, where loss and accuracy (in
     percent) are those of the training images as the step saw them. Randomness comes from torch's global generator.
-    Raises Diverged when loss or weights are no longer finite.
+    Raises Diverged after an epoch that leaves loss or weights not finite.
     """
     for epoch in range(schedule.last_epoch + 1, epochs + 1):
         start = time.perf_counter()
         model.train()
-        sums = torch.zeros(3, device=data.x.device)  # of the loss, of what is right, of images
+        sums = torch.zeros(3, device=data.x.device)  # loss, correct, images
         batches = torch.randperm(len(data.x), device=data.x.device).split(batch_size)
         for done, batch in enumerate(batches, 1):
             x, y = data.x[batch], share(data.y[batch])  # the whole batch, unless there are several devices
@@ -417,10 +422,6 @@ def train(model, data, step, optimizer, schedule, *, epochs, batch_size, on_batc
         yield row
 
 
-class Diverged(Exception):
-    """Training left the finite numbers."""
-
-
 # == 7. Evaluation: accuracy on clean images and under attack ===================================================
 
 ATTACKS = "linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255"  # the papers' four, each PGD-10 with step eps/4
@@ -435,7 +436,7 @@ def withstands(model, x, y, eps, *, steps, norm, step_size=None, loss=cross_entr
     step_size = eps / 4 if step_size is None else step_size
     standing = torch.arange(len(x), device=x.device)
     delta = clip(x, random_delta(x, eps, norm, generator)) if random_start else torch.zeros_like(x)
-    with frozen_weights(model):  # saves memory and a third of the time
+    with frozen_weights(model):
         for _ in range(steps + 1):  # one pass more than steps: it judges the last iterate
             if not len(standing):
                 break
@@ -446,12 +447,12 @@ def withstands(model, x, y, eps, *, steps, norm, step_size=None, loss=cross_entr
 
 
 def evaluate(model, data, attacks=ATTACKS, *, steps=10, restarts=1, batch_size=500, seed=0):
-    """Accuracy in percent over the whole of data = (x, y): {"clean": .., "robust": {attack: .., ...}}.
+    """Accuracy in percent over the whole of data = (images, labels): {"clean": .., "robust": {attack: .., ...}}.
 
-    x        uint8, or float pixels in [0,1], (N, 3, 32, 32).   attacks: like "linf 8/255", "l2 0.5", "fgsm 8/255".
-    An image counts as robust if it is classified right and stays so at every iterate of PGD with `steps` steps of
-    eps/4 from each of `restarts` random starts (seeded by `seed`), or under an outside attack (section 10). Runs in
-    eval mode; puts the model's mode back.
+    images   uint8, or float pixels in [0,1], (N, 3, 32, 32).   attacks: like "linf 8/255", "l2 0.5", "fgsm 8/255".
+    An image counts as robust if it is classified right and stays so at every iterate (the authors judge the last) of
+    PGD with `steps` steps of eps/4 from each of `restarts` random starts, seeded by `seed`; "fgsm" is one full step
+    from the image; for outside attacks see section 10. Runs in eval mode; puts the model's mode back.
     Raises ValueError for an empty set, an attack it does not know, or logits that are not finite.
     """
     images, labels = data
@@ -460,7 +461,7 @@ def evaluate(model, data, attacks=ATTACKS, *, steps=10, restarts=1, batch_size=5
         raise ValueError("no images to evaluate on")
     images, labels = share(images, exact=True), share(labels, exact=True)
     generator = torch.Generator(images.device).manual_seed(seed + rank())
-    attacks = {name: parse_attack(name) for name in attacks}  # see section 16 for the names
+    attacks = {name: parse_attack(name) for name in attacks}  # see section 16; then name -> what is left standing
     attacks = {name: partial(outside, seed=seed, **a) if "attack" in a else
                partial(withstands, generator=generator, **{"steps": steps} | a) for name, a in attacks.items()}
     mode, clean, robust = model.training, 0, dict.fromkeys(attacks, 0)
@@ -1594,8 +1595,8 @@ def draw_tradeoff(pyplot, s, runs):
             means.setdefault(at, []).append(label.partition(" ")[2])
         for at, labels in means.items():
             right = at[0] > fmean(axis.get_xlim())
-            axis.annotate(textwrap.fill(", ".join(filter(None, labels)), 40), at, textcoords="offset points", fontsize=7,
-                          xytext=(-7 if right else 7, 7), ha="right" if right else "left")
+            axis.annotate(textwrap.fill(", ".join(filter(None, labels)), 40), at, textcoords="offset points",
+                          xytext=(-7 if right else 7, 7), fontsize=7, ha="right" if right else "left")
     axes[0][0].legend(fontsize=9)
     return figure
 
