@@ -521,7 +521,7 @@ def eps_like(rho, eta, n):
     return eta / (1 + 3 * n / rho ** 2)
 
 
-def maximiser(f, low, high):
+def maximiser(f, low=0.0, high=30.0):
     """Where a function of one peak has it, by ternary search."""
     for _ in range(200):
         a, b = low + (high - low) / 3, high - (high - low) / 3
@@ -530,11 +530,10 @@ def maximiser(f, low, high):
 
 
 class OneWeight(nn.Module):
-    """The classifier of the simplified model as a network, so that the steps of section 3 can train it.
+    """That classifier as a network of pixels x_i/40 + 1/2, all turned to y = +1 (label 0), for the steps of section 3.
 
-    It takes pixels x_i/40 + 1/2, all turned to y = +1 (label 0), and reads the sign of x_1, which no eps changes.
-    Its cross-entropy is 1 + the expected share of errors when each score is blurred by Normal(0, n/2), so that it has a
-    gradient. In return the data's non-robust features have half their variance: together they are the model, exactly.
+    It reads the sign of x_1, which no eps changes. To have a gradient, its cross-entropy is 1 + the expected share of
+    errors when Normal(0, n/2) blurs each score. The data has the other half of the variance: together, the model.
     """
 
     def __init__(self, n):
@@ -548,73 +547,57 @@ class OneWeight(nn.Module):
         return torch.stack([torch.zeros_like(q), q.expm1().log()], 1)  # cross-entropy log(1 + e^z) = q
 
     def worst(self, x, y):
-        """The inner maximum of SAM itself, not to first order: the ascent to the worse of w + rho and w - rho."""
-        def loss(w):
-            return F.cross_entropy(torch.func.functional_call(self, {"w": w}, x), y).item()
-
-        def ascend(weights, grads, rho):
-            w, = weights
-            return [max(w + rho, w - rho, key=loss) - w]
-        return ascend
+        """SAM's inner maximum itself, not to first order: the ascent to the worse of w + rho and w - rho."""
+        def loss(v):
+            return F.cross_entropy(torch.func.functional_call(self, {"w": self.w.detach() + v}, x), y).item()
+        return lambda weights, grads, rho: [torch.full_like(weights[0], max(rho, -rho, key=loss))]
 
 
 def trained_w(step, p, eta, n, *, batch_size=None, updates=60, images=5000):
     """The weight that training on samples of the simplified model ends with, the mean over its second half."""
     torch.manual_seed(0)
     x, place = math.sqrt(0.5) * torch.randn(images, n + 1), (torch.arange(images) + 0.5) / images
-    total = math.sqrt(n / 2) * torch.special.ndtri(place)  # stratified: a score sees the sum of them alone
-    x[:, 1:] += eta + (total - x[:, 1:].sum(1))[:, None] / n
+    sums = math.sqrt(n / 2) * torch.special.ndtri(place)  # stratified: a score sees the sum of the features alone
+    x[:, 1:] += eta + (sums - x[:, 1:].sum(1))[:, None] / n
     x[:, 0] = torch.where((images * place * (1 - p)).frac() < 1 - p, -1.0, 1.0)
     x, y = x / 40 + 0.5, torch.zeros(images, dtype=torch.int64)
     w = w_standard(p, eta)  # the learning rate is 1 over the curvature there: as Newton's method, or 1/20 for batches
-    rate = 1 / (p * math.exp(-(w + eta * n) ** 2 / (2 * n)) * 2 * eta / math.sqrt(2 * math.pi * n))
+    rate = math.sqrt(2 * math.pi * n) * math.exp((w + eta * n) ** 2 / (2 * n)) / (2 * p * eta)
     model, ws = OneWeight(n), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate / 20 if batch_size else rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 if batch_size else 1 / (1 + k / 3))
-    for _ in range(updates):
+    for k in range(updates):
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate / 20 if batch_size else rate / (1 + k / 3))
         pick = torch.randint(images, (batch_size,)) if batch_size else slice(None)
         step(model, x[pick], y[pick], optimizer)
-        schedule.step()
         ws.append(model.w.item())
     return fmean(ws[updates // 2:])
 
 
-def theory(p=0.9, eta=0.5, n=10, radii=(0.5, 1.0, 2.0)):
-    """Rows {"training", "radius", "closed_form", "numerical", "trained"}: the weight on the robust feature.
+def run_theory(s, p=0.9, eta=0.5, n=10, radii=(0.5, 1.0, 2.0)):
+    """The weight on the robust feature by the formulas above, by a search for A's maximum, and trained by the steps of
+    section 3: table, picture, rows {"training", "radius", "closed_form", "numerical", "trained"}.
 
-    closed_form  the formulas above; numerical: the maximiser of A, searched; trained: by the steps of section 3.
     AT's radii are those that agree with SAM's. "sam (worst)" takes SAM's inner maximum as it is. sam_step goes along
-    the gradient instead, and with a single weight it matters. On the whole data it climbs to the wrong side between
-    w_ST and w_SAM, and ends at w_ST. On small batches the side is a coin's, and it ends where
-    L'(w + rho) + L'(w - rho) = 0, at w_ST (1 + rho^2/n): three times the shift.
+    the gradient instead: between w_ST and w_SAM that is the wrong side, and it ends at w_ST. On small batches the side
+    is a coin's, and it ends where L'(w + rho) + L'(w - rho) = 0, at w_ST (1 + rho^2/n): three times the shift.
     """
-    A, st, rho = partial(simple_accuracy, p=p, eta=eta, n=n), w_standard(p, eta), radii[-1]
+    A, st, rho, rows = partial(simple_accuracy, p=p, eta=eta, n=n), w_standard(p, eta), radii[-1], []
 
-    def row(training, radius, closed, gain, step, **how):
-        return {"training": training, "radius": radius, "closed_form": closed,
-                "numerical": maximiser(gain, 0.0, 4 * st + 4 * math.sqrt(n)),
-                "trained": trained_w(step, p, eta, n, **how)}
+    def add(training, radius, closed_form, gain, step, **how):
+        rows.append({"training": training, "radius": radius, "closed_form": closed_form,
+                     "numerical": maximiser(gain), "trained": trained_w(step, p, eta, n, **how)})
 
     def worst_step(model, x, y, optimizer, rho):
         return sam_step(model, x, y, optimizer, rho, ascend=model.worst(x, y))
 
-    rows = [row("sgd", 0.0, st, A, sgd_step, updates=30)]
+    add("sgd", 0.0, st, A, sgd_step, updates=30)
     for eps in (eps_like(r, eta, n) for r in radii):
         step = partial(at_step, eps=eps / 40, steps=2, step_size=eps / 40)  # from any start it reaches the corner
-        rows.append(row("at", eps, w_standard(p, eta - eps), partial(A, eta=eta - eps), step, updates=30))
+        add("at", eps, w_standard(p, eta - eps), partial(A, eta=eta - eps), step, updates=30)
     for r in radii:
-        rows.append(row("sam (worst)", r, w_sam(p, eta, n, r), lambda w, r=r: min(A(w - r), A(w + r)),
-                        partial(worst_step, rho=r)))
-    rows.append(row("sam", rho, st, A, partial(sam_step, rho=rho)))
-    rows.append(row("sam, batches of 8", rho, st * (1 + rho ** 2 / n), lambda w: A(w - rho) + A(w + rho),
-                    partial(sam_step, rho=rho), batch_size=8, updates=2000))
-    return rows
-
-
-def run_theory(s):
-    """Print the table of theory() and draw its picture; returns the rows."""
-    p, eta, n = 0.9, 0.5, 10
-    rows = theory(p, eta, n)
+        add("sam (worst)", r, w_sam(p, eta, n, r), lambda w: min(A(w - r), A(w + r)), partial(worst_step, rho=r))
+    add("sam", rho, st, A, partial(sam_step, rho=rho))
+    add("sam, batches of 8", rho, st * (1 + rho ** 2 / n), lambda w: A(w - rho) + A(w + rho),
+        partial(sam_step, rho=rho), batch_size=8, updates=2000)
     cells = [[name, *(f"{value:.3f}" for value in values)] for name, *values in map(dict.values, rows)]
     print(f"weight on the robust feature, p = {p}, eta = {eta}, n = {n}")
     print(align([["training", "radius", "closed form", "numerical", "trained"], *cells]))
@@ -625,17 +608,16 @@ def run_theory(s):
 def draw_theory(pyplot, rows, p, eta, n):
     """The weight on the robust feature against eps and against rho."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    A, st = partial(simple_accuracy, p=p, eta=eta, n=n), w_standard(p, eta)
-    for axis, kind, name, most, exact, leading in (
-            (axes[0], "at", "AT's eps", 0.15, lambda r: w_standard(p, eta - r), lambda r: st * (1 + r / eta)),
-            (axes[1], "sam (worst)", "SAM's rho", 3.0, lambda r: maximiser(lambda w: min(A(w - r), A(w + r)), 0, 30),
-             partial(w_sam, p, eta, n))):
-        colour, radii = COLOURS[kind.split()[0]], [most * k / 60 for k in range(61)]
-        axis.plot(radii, [exact(r) for r in radii], color=colour, label="optimum")
-        axis.plot(radii, [leading(r) for r in radii], "--", color="grey", label="leading order")
-        axis.plot(*zip(*[(r["radius"], r["trained"]) for r in rows if r["training"] in (kind, "sgd")]), "o", mfc="none",
-                  color=colour, label="trained")
-        axis.set(xlabel=f"{name} ({'first' if kind == 'at' else 'second'} order)", ylabel="weight on the feature")
+    A, eps, rho = partial(simple_accuracy, p=p, eta=eta, n=n), torch.linspace(0, 0.15, 61), torch.linspace(0, 3, 61)
+    w_worst = [maximiser(lambda w: min(A(w - r), A(w + r))) for r in rho.tolist()]
+    axes[0].plot(eps, w_standard(p, eta - eps), color=COLOURS["at"], label="optimum")
+    axes[0].plot(eps, w_standard(p, eta) * (1 + eps / eta), "--", color="grey", label="leading order")
+    axes[1].plot(rho, w_worst, color=COLOURS["sam"], label="optimum")
+    axes[1].plot(rho, w_sam(p, eta, n, rho), "--", color="grey", label="leading order")
+    for axis, kind, name in zip(axes, ("at", "sam (worst)"), ("AT's eps (first order)", "SAM's rho (second order)")):
+        trained = [(r["radius"], r["trained"]) for r in rows if r["training"] in (kind, "sgd")]
+        axis.plot(*zip(*trained), "o", mfc="none", color=COLOURS[kind.split()[0]], label="trained")
+        axis.set(xlabel=name, ylabel="weight on the feature")
         axis.legend()
     return figure
 
@@ -648,52 +630,42 @@ def rise_in_weights(model, x, y, rho, draws=5):
     """How far the loss rises at radius rho: (at SAM's ascent, at the worst of some random directions)."""
     loss, _ = backward(model, x, y)
     rises = []
-    for draw in range(draws + 1):
-        if draw:
-            for w in model.parameters():
-                w.grad = torch.randn_like(w)
+    for _ in range(1 + draws):
         with perturbed(model, rho), torch.no_grad():
             rises.append(float(F.cross_entropy(model(x), y) - loss))
+        for w in model.parameters():
+            w.grad = torch.randn_like(w)  # for the next ascent
     model.zero_grad()
     return rises[0], max(rises[1:])
 
 
 def rise_in_inputs(model, x, y, eps, norm, draws=5):
     """How far the mean loss rises at radius eps: (under PGD-10, under the worst of some random directions)."""
+    random = [(x + eps * steepest(torch.randn_like(x), norm)).clamp(0, 1) for _ in range(draws)]
     with torch.no_grad():
-        loss = F.cross_entropy(model(x), y)
-        random = [(x + eps * steepest(torch.randn_like(x), norm)).clamp(0, 1) for _ in range(draws)]
-        rises = [float(F.cross_entropy(model(x_adv), y) - loss)
-                 for x_adv in (pgd(model, x, y, eps, norm=norm), *random)]
-    return rises[0], max(rises[1:])
-
-
-def hidden(model, x):
-    """The outputs of the network's layers, {name: features} with features (N, ..)."""
-    found = {}
-    with ExitStack() as hooks, torch.no_grad():
-        for i, layer in enumerate(model.net.children()):
-            def keep(layer, _, out, i=i):
-                found[f"{i} {type(layer).__name__}"] = out
-            hooks.enter_context(layer.register_forward_hook(keep))
-        model(x)
-    return found
+        loss, attacked, *moved = [float(F.cross_entropy(model(x_adv), y))
+                                  for x_adv in (x, pgd(model, x, y, eps, norm=norm), *random)]
+    return attacked - loss, max(moved) - loss
 
 
 def feature_shifts(model, x, y, rho, eps, norm):
     """Layer by layer, |h(w + v; x) - h(w; x)| / |h(w; x)| with v SAM's ascent, and the same for h(w; x + delta) under
     PGD; means over images: rows {"layer", "weights", "inputs"}."""
-    here, attacked = hidden(model, x), hidden(model, pgd(model, x, y, eps, norm=norm))
+    def shift(h, moved):
+        return float((l2_norm(moved - h) / l2_norm(h).clamp_min(1e-12)).mean())
+
+    x_adv, outputs = pgd(model, x, y, eps, norm=norm), {layer: [] for layer in model.net.children()}
     backward(model, x, y)
-    with perturbed(model, rho):
-        moved = hidden(model, x)
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in outputs:
+            hooks.enter_context(layer.register_forward_hook(lambda layer, _, h: outputs[layer].append(h)))
+        model(x)
+        model(x_adv)
+        with perturbed(model, rho):
+            model(x)
     model.zero_grad()
-
-    def shift(a, b):
-        return float((l2_norm(b - a) / l2_norm(a).clamp_min(1e-12)).mean())
-
-    return [{"layer": name, "weights": shift(h, moved[name]), "inputs": shift(h, attacked[name])}
-            for name, h in here.items()]
+    return [{"layer": f"{i} {type(layer).__name__}", "weights": shift(h, h_weights), "inputs": shift(h, h_inputs)}
+            for i, (layer, (h, h_inputs, h_weights)) in enumerate(outputs.items())]
 
 
 def run_sharpness(s, rhos=(0.05, 0.1, 0.2, 0.4), radii=(0.5 / 255, 1 / 255, 2 / 255, 4 / 255), most=1000):
@@ -703,17 +675,17 @@ def run_sharpness(s, rhos=(0.05, 0.1, 0.2, 0.4), radii=(0.5 / 255, 1 / 255, 2 / 
     for path in s.sharpness:
         state, model = load_model(path, data, s.device)
         torch.manual_seed(s.seed)
-        with torch.no_grad():
-            loss = float(F.cross_entropy(model(x), y))
-        rows.append({"model": label_of(state["settings"]), "checkpoint": path, "loss": loss,
+        rows.append({"model": label_of(state["settings"]), "checkpoint": path,
+                     "loss": F.cross_entropy(model(x), y).item(),
                      "weights": [rise_in_weights(model, x, y, rho) for rho in rhos],
                      "inputs": [rise_in_inputs(model, x, y, eps, s.norm) for eps in radii],
                      "features": feature_shifts(model, x, y, rhos[1], radii[2], s.norm)})
+    head = ["model", "loss", *(f"rho {rho:g}" for rho in rhos), *(f"{s.norm} {255 * eps:g}/255" for eps in radii)]
+    cells = [[r["model"], f"{r['loss']:.2f}", *(f"{worst:.2f} ({random:.2f})"
+                                                for worst, random in r["weights"] + r["inputs"])] for r in rows]
     print(f"loss on {len(x)} test images of {data.source}, and its rise (in brackets, in the worst of 5 random "
-          "directions)\n" + align([["model", "loss", *(f"rho {rho:g}" for rho in rhos),
-                                    *(f"{s.norm} {255 * eps:g}/255" for eps in radii)]] +
-                                  [[r["model"], f"{r['loss']:.2f}", *(f"{a:.2f} ({b:.2f})" for a, b in
-                                                                      r["weights"] + r["inputs"])] for r in rows]))
+          "directions)")
+    print(align([head, *cells]))
     save_picture("sharpness.png", draw_sharpness, rows, rhos, radii, s.norm)
     return rows
 
@@ -723,11 +695,12 @@ def draw_sharpness(pyplot, rows, rhos, radii, norm):
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
     for r in rows:
         colour, layers = COLOURS[r["model"].split()[0]], [f["layer"] for f in r["features"]]
-        for axis, space, where in (axes[0], "weights", rhos), (axes[1], "inputs", [255 * eps for eps in radii]):
-            axis.plot(where, [a for a, _ in r[space]], "o-", color=colour, label=r["model"])
-            axis.plot(where, [b for _, b in r[space]], ":", color=colour)
-        axes[2].plot(layers, [f["weights"] for f in r["features"]], "^-", color=colour)
-        axes[2].plot(layers, [f["inputs"] for f in r["features"]], "s--", color=colour, mfc="none")
+        for axis, space, where, style in ((axes[0], "weights", rhos, "^-"),
+                                          (axes[1], "inputs", [255 * eps for eps in radii], "s--")):
+            worst, random = zip(*r[space])
+            axis.plot(where, worst, "o-", color=colour, label=r["model"])
+            axis.plot(where, random, ":", color=colour)
+            axes[2].plot(layers, [f[space] for f in r["features"]], style, color=colour, mfc="none")
     axes[0].set(xlabel="rho", ylabel="rise of the loss", title="weights: SAM's ascent; random (dotted)")
     axes[1].set(xlabel=f"{norm} eps x 255", ylabel="rise of the loss", title="inputs: PGD-10; random (dotted)")
     axes[2].set(title=f"features: rho {rhos[1]:g} (solid), {norm} {255 * radii[2]:g}/255 (dashed)",
@@ -742,13 +715,11 @@ def draw_sharpness(pyplot, rows, rhos, radii, norm):
 def adaptive_ascent(weights, grads, rho, eta=0.01):
     """ASAM: v = rho * T^2 g/|T g|_2 with T = |w| + eta, elementwise, and T = 1 on biases and normalisation layers.
 
-    Where weights are rescaled without a change of the function, v is rescaled with them (at eta = 0), so that sharpness
-    no longer depends on the scale (Kwon et al. 2021, section 3). For the same effect rho is about ten times SAM's.
+    Where weights are rescaled without a change of the function, so is v (at eta = 0): sharpness no longer depends on
+    the scale (Kwon et al. 2021, section 3). For the same effect rho is about ten times SAM's.
     """
-    scales = [w.abs() + eta if w.ndim > 1 else torch.ones_like(w) for w in weights]
-    v = ascent(weights, torch._foreach_mul(scales, grads), rho)  # rho * T g / |T g|
-    torch._foreach_mul_(v, scales)
-    return v
+    T = [w.abs() + eta if w.ndim > 1 else torch.ones_like(w) for w in weights]
+    return torch._foreach_mul(T, ascent(weights, torch._foreach_mul(T, grads), rho))
 
 
 def layerwise_ascent(weights, grads, gamma):
@@ -764,14 +735,14 @@ def esam_step(model, x, y, optimizer, rho, *, beta=0.5, gamma=0.5):
     A weight tensor ascends with probability beta (one at least does), by rho/beta in all, as in its authors' code; the
     others need no first gradient. The second is of the share gamma of the images whose loss the ascent raised most.
     """
-    weights = list(model.parameters())
-    draws = torch.rand(len(weights))
-    rests = (draws >= beta) & (draws > draws.min())
-    with off("requires_grad", [w for w, r in zip(weights, rests.tolist()) if r]), on_its_own(model):
+    weights, losses = list(model.parameters()), partial(F.cross_entropy, reduction="none")
+    draws = torch.rand(len(weights)).tolist()
+    resting = [w for w, draw in zip(weights, draws) if draw >= beta and draw > min(draws)]
+    with off("requires_grad", resting), on_its_own(model):
         loss, logits = backward(model, x, y)
     with perturbed(weights, rho / beta), frozen_statistics(model):
         with torch.no_grad():
-            rise = F.cross_entropy(model(x), y, reduction="none") - F.cross_entropy(logits, y, reduction="none")
+            rise = losses(model(x), y) - losses(logits, y)
         picked = rise.topk(math.ceil(gamma * len(x))).indices.sort().values
         backward(model, x[picked], y[picked])
     optimizer.step()
@@ -800,32 +771,6 @@ def margin(logits, y):
     return (others - logits.gather(1, y[:, None])[:, 0]).sum()
 
 
-def outside(model, x, y, *, attack, norm=None, eps=None, seed=0):
-    """Indices of the images that `attack`, a class of torchattacks by name, leaves classified right; cf. withstands.
-
-    It gets the norm, eps, seed and number of classes if it takes them. What leaves [0,1], or the ball where there is a
-    norm, is put back. Raises BadInput if the attack fails.
-    """
-    if not len(x):
-        return torch.arange(0)
-    attack = outside_class(attack)
-    plain = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.contiguous_format)  # some call view()
-    settings = {"norm": {"linf": "Linf", "l2": "L2"}.get(norm), "eps": eps, "seed": seed,
-                "n_classes": plain(x[:1]).shape[1]}
-    takes = inspect.signature(attack).parameters
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            attack_it = attack(plain, **{k: v for k, v in settings.items() if k in takes and v is not None})
-            x_adv = attack_it(x.contiguous(), y).clamp(0, 1)
-    except Exception as error:
-        raise BadInput(f"torchattacks' {attack.__name__} failed: {first_line(error)}") from None
-    if "norm" in takes and eps:
-        x_adv = x + project(x_adv - x, eps, norm or "linf")
-    with torch.no_grad():
-        return (model(x_adv).argmax(1) == y).nonzero()[:, 0]
-
-
 def outside_class(name):
     """The class of that name in torchattacks. Raises ValueError if there is none, BadInput without torchattacks."""
     try:
@@ -838,25 +783,48 @@ def outside_class(name):
     return attack
 
 
+def outside(model, x, y, *, attack, norm=None, eps=None, seed=0):
+    """Indices of the images that `attack`, a class of torchattacks by name, leaves classified right; cf. withstands.
+
+    It gets the norm, eps, seed and number of classes if it takes them. What leaves [0,1], or the ball where there is a
+    norm, is put back. Raises BadInput if the attack fails.
+    """
+    if not len(x):
+        return torch.arange(0)
+    attack = outside_class(attack)
+    takes = inspect.signature(attack).parameters
+    plain = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.contiguous_format)  # some call view()
+    given = {"norm": norm and norm.capitalize(), "eps": eps, "seed": seed, "n_classes": plain(x[:1]).shape[1]}
+    given = {key: value for key, value in given.items() if key in takes and value is not None}
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            x_adv = attack(plain, **given)(x.contiguous(), y).clamp(0, 1)
+    except Exception as error:
+        raise BadInput(f"torchattacks' {attack.__name__} failed: {first_line(error)}") from None
+    if "norm" in takes and eps:
+        x_adv = x + project(x_adv - x, eps, norm or "linf")
+    with torch.no_grad():
+        return (model(x_adv).argmax(1) == y).nonzero()[:, 0]
+
+
 def corrupted(model, directory):
     """Accuracy on CIFAR-10-C (Hendrycks and Dietterich 2019): {corruption: [percent at severity 1, .., 5]}. Its folder
     has labels.npy (5 n,) and NAME.npy (5 n, 32, 32, 3) uint8, severity by severity. Raises BadInput if it does not."""
     import numpy  # comes with torchvision
-    directory, accuracy = Path(directory), {}
-    device = next(model.parameters()).device
+    directory, device, accuracy = Path(directory), next(model.parameters()).device, {}
     try:
         labels = torch.from_numpy(numpy.load(directory / "labels.npy").astype("int64")).to(device)
         for path in sorted(set(directory.glob("*.npy")) - {directory / "labels.npy"}):
-            images = torch.from_numpy(numpy.load(path)).permute(0, 3, 1, 2)
-            if images.shape[0] != len(labels) or len(labels) % 5 or images.dtype != torch.uint8:
-                raise ValueError(f"{path.name} has {images.shape[0]} images, labels.npy {len(labels)} labels")
-            with torch.no_grad():
-                right = torch.cat([model(to_pixels(x.to(device))).argmax(1) for x in images.split(500)]) == labels
-            accuracy[path.stem] = (100 * right.view(5, -1).float().mean(1)).tolist()
-    except (OSError, ValueError, RuntimeError) as error:
+            images = torch.from_numpy(numpy.load(path)).permute(0, 3, 1, 2).to(device)
+            if len(images) != len(labels) or len(labels) % 5 or images.dtype != torch.uint8:
+                raise ValueError(f"{path.name}: {len(images)} images, {images.dtype}; labels.npy: {len(labels)}")
+            by_severity = zip(images.chunk(5), labels.chunk(5))
+            accuracy[path.stem] = [evaluate(model, part, attacks=())["clean"] for part in by_severity]
+        if not accuracy:
+            raise ValueError("no NAME.npy in it")
+    except (OSError, EOFError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"--corruptions {directory}: {first_line(error)}") from None
-    if not accuracy:
-        raise BadInput(f"--corruptions {directory}: no NAME.npy in it")
     return accuracy
 
 # == 11. Where the data comes from ===============================================================================
