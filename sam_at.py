@@ -51,8 +51,6 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 # == 1. Input space: the threat model and the attacks ===========================================================
 #    An attacker may add any delta with |delta|_p <= eps, as long as x + delta is still an image in [0,1].
@@ -601,6 +599,8 @@ def run_theory(s, p=0.9, eta=0.5, n=10, radii=(0.5, 1.0, 2.0)):
     cells = [[name, *(f"{value:.3f}" for value in values)] for name, *values in map(dict.values, rows)]
     print(f"weight on the robust feature, p = {p}, eta = {eta}, n = {n}")
     print(align([["training", "radius", "closed form", "numerical", "trained"], *cells]))
+    RECORDS.parent.mkdir(exist_ok=True)
+    write_whole(THEORY, json.dumps(rows, indent=1) + "\n")
     save_picture("theory.png", draw_theory, rows, p, eta, n)
     return rows
 
@@ -940,9 +940,10 @@ def load_data(name, directory):
 
 def time_of(call, device):
     """Median wall time of call() in seconds, synchronised: of calls for 1 s, or if unsteady 20 s, four at least."""
+    from torch.utils.benchmark import Timer
     timer = Timer("call(); wait()", globals={"call": call, "wait": torch.get_device_module(device).synchronize},
                   num_threads=torch.get_num_threads())
-    return timer.adaptive_autorange(threshold=0.5, min_run_time=1, max_run_time=20).median
+    return timer.adaptive_autorange(threshold=0.2, min_run_time=1, max_run_time=20).median
 
 
 def peak_mb(call, device):
@@ -962,6 +963,7 @@ def run_benchmark(s):
     """Time a step of each method (SGD always, for the ratio) on random pixels; print the table and return its rows."""
     if world() > 1:
         raise BadInput("--benchmark times one device: run it without torchrun")
+    from torch.utils.flop_counter import FlopCounterMode
     n, dtype = 8192 if s.device.type == "cuda" else 2048, torch.bfloat16 if s.precision == "bf16" else torch.float32
     product = partial(torch.matmul, *torch.randn(2, n, n, device=s.device, dtype=dtype))
     rate, rows = 2 * n ** 3 / time_of(product, s.device), []
@@ -1461,7 +1463,7 @@ def section(runs):
 
 
 def report(records, theory=()):
-    """RESULTS.md as text, from records and from the rows of theory()."""
+    """RESULTS.md as text, from records and from the rows of run_theory."""
     out = ["# Results", "", "Written by `python sam_at.py --report` from the records of finished runs; do not edit.",
            "Accuracies are in percent: the mean over seeds, ± their standard deviation where there are several.", ""]
     notes = {r["data"]: r["data_note"] for r in records if r.get("data_note")}
