@@ -1007,8 +1007,8 @@ def device_name(device):
 
 
 def start_processes(s):
-    """Join the other processes, if torchrun started several. All but the first print nothing but errors."""
-    if distributed.is_available() and distributed.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
+    """Join the other processes, if torchrun started this one. All but the first print nothing but errors."""
+    if distributed.is_available() and distributed.is_torchelastic_launched():
         store, rank_, world_ = next(distributed.rendezvous("env://"))
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]  # the addresses of an attempt that died are still there
         distributed.init_process_group("nccl" if s.device.type == "cuda" else "gloo", rank=rank_, world_size=world_,
@@ -1017,8 +1017,12 @@ def start_processes(s):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
 
 
+def joined():
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def world():
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return distributed.get_world_size() if joined() else 1
 
 
 def rank():
@@ -1040,7 +1044,7 @@ def total(t):
 
 def spread(model, s):
     """The network for training: as it is, or with its gradients averaged over the processes."""
-    if world() == 1:
+    if not joined():
         return model
     model = DistributedDataParallel(model, broadcast_buffers=False)  # BatchNorm's are a device's own: wait_for_first
     model.sync_ascent = s.sync_ascent
@@ -1897,7 +1901,7 @@ def main(argv=None):
         rows = s.mode(s) if s.mode in (run_training, run_eval) or not rank() else []
         if s.json:
             write_whole(s.json, json.dumps(rows, indent=1) + "\n")
-        if world() > 1:
+        if joined():
             distributed.destroy_process_group()
         return 0
     except (BadInput, Diverged, OSError) as error:  # OSError: a full disk, a folder that is not there
