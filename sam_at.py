@@ -1847,7 +1847,7 @@ def show_results(records, s):
     cells = [[r["method"], *(f"{a:.1f}" for a in (r["clean"], *r["robust"].values())), f"{r['seconds']:.1f} s",
               f"{r['seconds'] / base:.1f}" if base else "-"] for r in rows]
     starts = f" from each of {s.restarts} starts" if s.restarts > 1 else ""
-    under = f"PGD-{s.eval_steps}{starts}" if any(name.startswith("l") for name in s.attacks) else "attack"
+    under = f"PGD-{s.eval_steps}{starts}" if any(name.startswith(("linf", "l2")) for name in s.attacks) else "attack"
     print(f"\naccuracy in percent, clean and under {under}")
     print(align([["method", "clean", *rows[0]["robust"], "train time", "x SGD"], *cells]))
     for r in records:
