@@ -1563,9 +1563,9 @@ def draw_tradeoff(pyplot, s, runs):
             marker, size = markers[method]
             axis.scatter([r["robust"][attack] for r in of_method], [r["clean"] for r in of_method], marker=marker,
                          s=size, facecolors="none", edgecolors=COLOURS[method], linewidths=1.5, label=method.upper())
-        means = {}  # rows whose means coincide share a label
+        means = {}  # rows whose means nearly coincide share a label
         for label, of_label in grouped(runs).items():
-            at = tuple(round(mean_and_error(of_label, key)[0], 1) for key in (attack, "clean"))
+            at = tuple(round(mean_and_error(of_label, key)[0]) for key in (attack, "clean"))
             means.setdefault(at, []).append(label.partition(" ")[2])
         for at, labels in means.items():
             right = at[0] > fmean(axis.get_xlim())
@@ -1590,11 +1590,12 @@ def draw_curves(pyplot, s, runs):
 
 
 def draw_attacked(pyplot, s, runs, eps=8 / 255, shown=4):
-    """Images, and for one model of each method that left a checkpoint: attacked, and delta enlarged. Or None."""
+    """Images, and for a model each of SGD, SAM and AT that left a checkpoint: attacked, and delta enlarged. Or None."""
     settings, found = runs[0]["settings"], {}
     for r in runs:
-        if (path := Path(s.runs) / r["name"] / "checkpoint.pt").exists():
-            found.setdefault(r["settings"]["method"], path)
+        path, method = Path(s.runs) / r["name"] / "checkpoint.pt", r["settings"]["method"]
+        if path.exists() and method in ("sgd", "sam", "at"):
+            found.setdefault(method, path)
     if not found or (settings["dataset"] == "folder") != s.data_dir_given:  # a folder only where it is named
         return None
     data = load_data(settings["dataset"], s.data_dir)
