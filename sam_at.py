@@ -691,16 +691,16 @@ def run_sharpness(s, rhos=(0.05, 0.1, 0.2, 0.4), radii=(0.5 / 255, 1 / 255, 2 / 
 
 
 def draw_sharpness(pyplot, rows, rhos, radii, norm):
-    """Loss rise against rho and against eps, and how far the features move, layer by layer; a colour a method."""
-    figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
-    for r in rows:
-        colour, layers = COLOURS[r["model"].split()[0]], [f["layer"] for f in r["features"]]
-        for axis, space, where, style in ((axes[0], "weights", rhos, "^-"),
-                                          (axes[1], "inputs", [255 * eps for eps in radii], "s--")):
-            worst, random = zip(*r[space])
-            axis.plot(where, worst, "o-", color=colour, label=r["model"])
-            axis.plot(where, random, ":", color=colour)
-            axes[2].plot(layers, [f[space] for f in r["features"]], style, color=colour, mfc="none")
+    """Loss rise against rho and against eps, and how far features move; paler lines are a method's later models."""
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for method, of_method in grouped(rows, lambda r: r["model"].split()[0]).items():
+        for i, r in enumerate(of_method):
+            look = {"color": COLOURS[method], "alpha": 1 - 0.7 * i / len(of_method), "mfc": "none"}
+            for axis, space, where, style in ((axes[0], "weights", rhos, "^-"),
+                                              (axes[1], "inputs", [255 * eps for eps in radii], "s--")):
+                axis.plot(where, [worst for worst, _ in r[space]], style, label=r["model"], **look)
+                axis.plot(where, [random for _, random in r[space]], ":", **look)
+                axes[2].plot([f["layer"] for f in r["features"]], [f[space] for f in r["features"]], style, **look)
     axes[0].set(xlabel="rho", ylabel="rise of the loss", title="weights: SAM's ascent; random (dotted)")
     axes[1].set(xlabel=f"{norm} eps x 255", ylabel="rise of the loss", title="inputs: PGD-10; random (dotted)")
     axes[2].set(title=f"features: rho {rhos[1]:g} (solid), {norm} {255 * radii[2]:g}/255 (dashed)",
