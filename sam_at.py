@@ -672,8 +672,7 @@ def run_sharpness(s, rhos=(0.05, 0.1, 0.2, 0.4), radii=(0.5 / 255, 1 / 255, 2 / 
     """Loss rise in weight space and in input space for saved models, on test images: table, picture, rows."""
     data, rows = load_data(s.dataset, s.data_dir), []
     x, y = to_pixels(data.x_test[:most]).to(s.device), data.y_test[:most].to(s.device)
-    for path in s.sharpness:
-        state, model = load_model(path, data, s.device)
+    for path, (state, model) in [(path, load_model(path, data, s.device)) for path in s.sharpness]:
         torch.manual_seed(s.seed)
         rows.append({"model": label_of(state["settings"]), "checkpoint": path,
                      "loss": F.cross_entropy(model(x), y).item(),
@@ -817,13 +816,14 @@ def corrupted(model, directory):
         labels = torch.from_numpy(numpy.load(directory / "labels.npy").astype("int64")).to(device)
         for path in sorted(set(directory.glob("*.npy")) - {directory / "labels.npy"}):
             images = torch.from_numpy(numpy.load(path)).permute(0, 3, 1, 2).to(device)
-            if len(images) != len(labels) or len(labels) % 5 or images.dtype != torch.uint8:
-                raise ValueError(f"{path.name}: {len(images)} images, {images.dtype}; labels.npy: {len(labels)}")
+            fits = labels.ndim == 1 and len(labels) % 5 == 0 and images.shape == (len(labels), 3, 32, 32)
+            if not fits or images.dtype != torch.uint8:
+                raise ValueError(f"{path.name}: {[*images.shape]}, {images.dtype}; labels.npy: {[*labels.shape]}")
             by_severity = zip(images.chunk(5), labels.chunk(5))
             accuracy[path.stem] = [evaluate(model, part, attacks=())["clean"] for part in by_severity]
         if not accuracy:
             raise ValueError("no NAME.npy in it")
-    except (OSError, EOFError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # numpy raises half a dozen classes for a bad file
         raise BadInput(f"--corruptions {directory}: {first_line(error)}") from None
     return accuracy
 
@@ -914,7 +914,8 @@ def load_folder(directory):
         x, x_test = (torch.stack(list(pool.map(read, [path for path, _ in part]))) for part in (train.samples, test))
     y, y_test = (torch.tensor([target for _, target in part]) for part in (train.samples, test))
     about = directory / "SOURCE.txt"
-    name, *note = about.read_text().splitlines() if about.exists() else [directory.resolve().name]
+    lines = about.read_text(errors="replace").replace("$", "").splitlines() if about.exists() else []
+    name, *note = lines or [directory.resolve().name]
     return Data(x, y, x_test, y_test, len(train.classes), mean_std_of(x), True, f"{name} ({len(y)} training and "
                 f"{len(y_test)} test images of {len(train.classes)} classes)", " ".join(note))
 
@@ -1125,7 +1126,7 @@ def write_whole(path, content):
     """Write a text or a checkpoint whole or not at all."""
     if rank():
         return
-    part = Path(f"{path}.part")
+    part = Path(f"{path}.{os.getpid()}.part")
     if isinstance(content, str):
         part.write_text(content)
     else:
@@ -1184,8 +1185,9 @@ def run_method(method, s, data):
             path.unlink(missing_ok=True)
     wait_for_first()
     attack, more = evaluation_of(s), []
-    if record_file.exists() and (record := load_record(record_file))["finished"]:
-        if record["evaluation"] == attack:
+    if record_file.exists():
+        record = load_record(record_file)
+        if record["finished"] and record["evaluation"] == attack:
             print(f"{label}  finished before; reported from {record_file} (--fresh trains again)", flush=True)
             return record
         more = evaluations(record)  # what was measured stays in the record
@@ -1203,7 +1205,7 @@ def run_method(method, s, data):
     machine = device_name(s.device) + (f" x {world()}" if world() > 1 else "")
     record = {"name": folder.name, "settings": settings, "command": command_of(settings, attack), "data": data.source,
               "data_note": data.note, "test_images": len(data.x_test), "machine": machine, "torch": torch.__version__,
-              "log": log, "finished": False}
+              "log": log, "more": [e for e in more if e["evaluation"] != attack], "finished": False}
     folder.mkdir(parents=True, exist_ok=True)
     terminal = sys.stdout.isatty()
 
@@ -1224,21 +1226,19 @@ def run_method(method, s, data):
               f"{len(data.x) / row['seconds']:.0f} images/s  {timedelta(seconds=round(left))} left", flush=True)
 
     record |= assess(model, data, s)  # the plain model, not the compiled one: the batches shrink
-    record |= {"more": [e for e in more if e["evaluation"] != attack], "seconds": sum(r["seconds"] for r in log),
-               "date": time.strftime("%Y-%m-%d"), "weights_sha256": sha256(model.state_dict().values()),
-               "finished": True}
+    record |= {"seconds": sum(r["seconds"] for r in log), "date": time.strftime("%Y-%m-%d"),
+               "weights_sha256": sha256(model.state_dict().values()), "finished": True}
     save_record(folder, record)
     return record
 
 
-def keep_evaluation(path, settings, data, found):
-    """Add an evaluation to the record of its run, if the record is there and the data is the run's own."""
-    ours = settings["data_sha256"] == sha256([data.x, data.y, data.x_test, data.y_test])
-    if ours and path.exists() and (record := load_record(path))["finished"] and record["settings"] == settings:
-        others = [e for e in evaluations(record)[1:] if e["evaluation"] != found["evaluation"]]
-        record["more"] = others + [found] * (found["evaluation"] != record["evaluation"])
-        save_record(path.parent, record)
-        print(f"kept in {path}")
+def record_of(path, model, data):
+    """The finished record beside a checkpoint, if it is there, of these weights and this data, and can be written."""
+    kept = Path(path).parent / "record.json"
+    if not kept.exists() or not os.access(kept.parent, os.W_OK) or not (record := load_record(kept))["finished"]:
+        return None
+    same_data = record["settings"]["data_sha256"] == sha256([data.x, data.y, data.x_test, data.y_test])
+    return record if same_data and record["weights_sha256"] == sha256(model.state_dict().values()) else None
 
 
 def load_model(path, data, device):
@@ -1259,8 +1259,10 @@ def evaluation_of(s):
 
 
 def evaluations(record):
-    """All that was measured of a run: first at its end, then with --eval."""
-    return [{key: record[key] for key in ("evaluation", "clean", "robust", "warnings")}, *record.get("more", [])]
+    """All that was measured of a run: first at its end, if it came to it, then with --eval."""
+    more = record.get("more", [])
+    keys = "evaluation", "clean", "robust", "warnings"
+    return [{key: record[key] for key in keys}, *more] if record["finished"] else more
 
 
 def spaced(tensors, most):
@@ -1329,10 +1331,10 @@ def gather_records(runs):
     """The kept records and those of the finished runs in the folder `runs`, which win; in a fixed order."""
     try:
         kept = [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
-    except ValueError:
-        raise BadInput(f"{RECORDS}: not a list of records, a line each; restore it or move it away") from None
-    found = kept + [load_record(path) for path in Path(runs).glob("*/record.json")]
-    records = {r["name"]: r for r in found if r["finished"]}.values()
+        found = kept + [load_record(path) for path in Path(runs).glob("*/record.json")]
+        records = {r["name"]: r for r in found if r["finished"] and r["settings"]["method"] in METHODS}.values()
+    except (ValueError, TypeError, KeyError):
+        raise BadInput(f"{RECORDS} or {runs}: not records of this program; restore or move them away") from None
     if not records:
         raise BadInput(f"no finished runs: neither in {runs} nor in {RECORDS}")
 
@@ -1457,9 +1459,10 @@ def section(runs):
     out += accuracies(rows, ("train s", lambda runs: f"{fmean(r['seconds'] for r in runs):.1f}"))
     out += ["", "Not run: " + (", ".join(label for label in RECIPE if label not in rows) or "nothing") + ".", ""]
     out += [*(f"- **{claim}** {text}." for claim, text in verdicts(rows)), ""]
-    for other in grouped([r | e for r in runs for e in evaluations(r)[1:]], show_evaluation).values():
+    more = [r | e for r in runs for e in evaluations(r)[1:]]
+    for other in grouped(more, lambda r: json.dumps(r["evaluation"])).values():
         out += [f"The same models under {show_evaluation(other[0])}:", "", *accuracies(grouped(other)), ""]
-    for label, of_label in rows.items():
+    for label, of_label in grouped(runs + more).items():
         doubts = [f"seed {r['settings']['seed']}, {doubt}" for r in of_label for doubt in r["warnings"]]
         out += [f"- Doubts about {label}: {'; '.join(doubts)}."] * bool(doubts)
     commands = [command_of(r["settings"], r["evaluation"]) for r, *_ in rows.values()]
@@ -1500,9 +1503,13 @@ def show_evaluation(record):
 def run_report(s):
     """Write RESULTS.md, and keep the records that it came from."""
     records = gather_records(s.runs)
+    try:
+        text = report(records, json.loads(THEORY.read_text()) if THEORY.exists() else ())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise BadInput(f"{THEORY} or {RECORDS}: not written by this program; restore or move them away") from None
     RECORDS.parent.mkdir(exist_ok=True)
     write_whole(RECORDS, "".join(json.dumps(r) + "\n" for r in records))
-    write_whole("RESULTS.md", report(records, json.loads(THEORY.read_text()) if THEORY.exists() else ()))
+    write_whole("RESULTS.md", text)
     print(f"RESULTS.md and {RECORDS}: {len(records)} runs")
     return records
 
@@ -1596,8 +1603,8 @@ def draw_attacked(pyplot, s, runs, eps=8 / 255, shown=4):
         path, method = Path(s.runs) / r["name"] / "checkpoint.pt", r["settings"]["method"]
         if path.exists() and method in ("sgd", "sam", "at"):
             found.setdefault(method, path)
-    if not found or (settings["dataset"] == "folder") != s.data_dir_given:  # a folder only where it is named
-        return None
+    if not found or (settings["dataset"] in ("folder", "tiny-imagenet")) != s.data_dir_given:
+        return None  # a folder only where it is named
     data = load_data(settings["dataset"], s.data_dir)
     pick = torch.arange(shown) * (len(data.x_test) // shown)
     x, y = to_pixels(data.x_test[pick]), data.y_test[pick]
@@ -1731,7 +1738,7 @@ def parse_args(argv):
               "overrides its preset's value (default: paper where CUDA is there, otherwise demo)")
     flag("--method", nargs="+", choices=list(METHODS), default=["sgd", "sam", "at"], metavar="METHOD",
          help=f"one or several of {', '.join(METHODS)} (default: sgd sam at)")
-    flag("--seed", type=number(int, 0), default=0, help="of weights, batches and attacks (default: 0)")
+    flag("--seed", type=number(int, 0), help="of weights, batches and attacks (default: 0, with --eval the run's)")
     flag("--device", choices=["cpu", *(["cuda"] if gpus else []), *gpus, *["mps"] * torch.backends.mps.is_available()],
          default="cuda" if gpus else "cpu", help="(default: cuda where it is there, otherwise cpu)")
     flag("--runs", metavar="DIR", default="runs", help="where the runs' folders go (default: runs)")
@@ -1787,16 +1794,16 @@ def parse_args(argv):
     flag("--sync-ascent", action="store_true", help="under torchrun: one ascent of SAM for the whole batch")
 
     s = parser.parse_args(argv)
-    s.mode = s.mode or (run_eval if s.eval else run_sharpness if s.sharpness else run_training)
-    if s.eval or s.sharpness:
+    s.mode = s.mode or (run_eval if s.eval is not None else run_sharpness if s.sharpness else run_training)
+    if s.mode in (run_eval, run_sharpness):
         saved = load_checkpoint(s.eval or s.sharpness[0])["settings"]
-        s.dataset = s.dataset or saved["dataset"]
+        s.dataset, s.seed = s.dataset or saved["dataset"], saved["seed"] if s.seed is None else s.seed
     for key, value in PRESETS[s.preset].items():
         if getattr(s, key) is None:
             setattr(s, key, value[s.norm] if isinstance(value, dict) else value)
     for name in s.attacks:
         parse_attack(name)  # raises, if it makes no sense
-    s.method = list(dict.fromkeys(s.method))
+    s.method, s.seed = list(dict.fromkeys(s.method)), s.seed or 0
     s.optimizer = s.optimizer or ("adamw" if s.model == "deit_ti" else "sgd")
     s.lr = s.lr or (0.1 if s.optimizer == "sgd" else 1e-3)
     s.data_dir_given = s.data_dir is not None
@@ -1817,7 +1824,8 @@ def parse_args(argv):
             (s.sync_ascent and "esam" in s.method, "--sync-ascent: each device ascends on random weights in esam"),
             (s.corruptions and not s.eval, "--corruptions needs --eval CHECKPOINT"),
             (s.json and not json_can_go(Path(s.json)), f"--json {s.json}: no place to write, or not written by --json"),
-            (not runs.is_dir() or not os.access(runs, os.W_OK), f"--runs {s.runs}: cannot write there")):
+            (s.mode is run_training and not (runs.is_dir() and os.access(runs, os.W_OK)),
+             f"--runs {s.runs}: cannot write there")):
         if wrong:
             raise BadInput(message)
     return s
@@ -1833,6 +1841,8 @@ def has_bf16(device):
 
 def json_can_go(path):
     """Asked before hours of training: whether --json can write there, over nothing but what it wrote."""
+    if path.is_symlink() or path.exists() and not path.is_file():
+        return False
     try:
         old = json.loads(path.read_text() or "[]") if path.exists() else []
     except (OSError, ValueError):
@@ -1889,10 +1899,16 @@ def run_eval(s):
     data = load_data(s.dataset, s.data_dir)
     state, model = load_model(s.eval, data, s.device)
     print(f"{s.eval}: {label_of(state['settings'])} after {len(state['log'])} epochs; data: {data.source}", flush=True)
+    record, seconds = record_of(s.eval, model, data), sum(row["seconds"] for row in state["log"])
     found = assess(model, data, s)
-    keep_evaluation(Path(s.eval).parent / "record.json", state["settings"], data, found)
-    seconds = sum(row["seconds"] for row in state["log"])
-    return show_results([{"settings": state["settings"], "seconds": seconds} | found], s)
+    if s.seed != state["settings"]["seed"]:
+        found["evaluation"] |= {"seed": s.seed}
+    rows = show_results([{"settings": state["settings"], "seconds": seconds} | found], s)
+    if record and found["evaluation"] != record["evaluation"]:
+        others = [e for e in evaluations(record)[1:] if e["evaluation"] != found["evaluation"]]
+        save_record(Path(s.eval).parent, record | {"more": [*others, found]})
+        print(f"kept in {Path(s.eval).parent / 'record.json'}")
+    return rows
 
 
 def main(argv=None):
@@ -1908,7 +1924,9 @@ def main(argv=None):
         return 0
     except (BadInput, Diverged, OSError) as error:  # OSError: a full disk, a folder that is not there
         code, message = 2, error
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):  # the CPU's allocator has no class of its own
+            raise
         code, message = 2, f"{first_line(error)}; try a smaller --batch-size or --width"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; the same command (without --fresh) goes on after the last whole epoch"

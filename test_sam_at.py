@@ -1280,7 +1280,7 @@ def test_corruptions_are_read_by_severity(tmp_path, tiny_demo):
         assert re.search(rf"^{name} +{row['severity'][0]:.1f} .* {row['mean']:.1f}$", out, re.M)
 
 
-@pytest.mark.parametrize("spoil", ["labels", "shape", "text", "empty", "nowhere"])
+@pytest.mark.parametrize("spoil", ["labels", "columns", "shape", "grey", "text", "nothing", "empty", "nowhere"])
 def test_bad_corruptions_are_one_line(spoil, tmp_path, tiny_demo):
     import numpy
     cli(*RUN)
@@ -1289,6 +1289,12 @@ def test_bad_corruptions_are_one_line(spoil, tmp_path, tiny_demo):
         (root / "labels.npy").unlink()
     elif spoil == "shape":
         numpy.save(root / "fog.npy", numpy.zeros((3, 32, 32, 3), "uint8"))
+    elif spoil == "columns":
+        numpy.save(root / "labels.npy", numpy.zeros((20, 1), "uint8"))
+    elif spoil == "grey":
+        numpy.save(root / "fog.npy", numpy.zeros((20, 32, 32, 1), "uint8"))
+    elif spoil == "nothing":
+        (root / "fog.npy").write_bytes(b"")
     elif spoil == "text":
         (root / "fog.npy").write_text("fog")
     elif spoil == "empty":
@@ -1592,6 +1598,23 @@ def test_what_was_measured_of_a_run_is_kept(tiny_demo, monkeypatch):
     assert cli("--report")[0] == 0
     text = Path("RESULTS.md").read_text()
     assert "The same models under PGD-3 from 1 start(s), 7 images" in text and f"{more['clean']:.1f} | {more['robust']['fgsm']:.1f}" in text
+    (folder / "checkpoint.pt").rename("kept.pt")  # trained anew, and stopped in the evaluation: nothing is lost
+    with monkeypatch.context() as patch:
+        patch.setattr(sam_at, "assess", lambda *_: exec("raise KeyboardInterrupt"))
+        assert cli(*RUN[:RUN.index("--attacks")], "--attack-steps", 1, "--attacks", "l2 0.1")[0] == 130
+    assert cli(*RUN[:RUN.index("--attacks")], "--attack-steps", 1, "--attacks", "l2 0.1")[0] == 0
+    again = json.loads((folder / "record.json").read_text())
+    assert again["more"] == sam_at.evaluations(record) and again["weights_sha256"] == record["weights_sha256"]
+    record = again
+    for name in "linf 1/255", "linf 0.2":  # another seed and the same settings otherwise: two tables of their own
+        assert cli("--eval", folder / "checkpoint.pt", "--seed", 3, "--attacks", name)[0] == 0
+    record = json.loads((folder / "record.json").read_text())
+    assert [e["evaluation"].get("seed") for e in record["more"]] == [None] * 3 + [3, 3]
+    assert cli("--report")[0] == 0 and Path("RESULTS.md").read_text().count("The same models under PGD-10 from 1") == 3
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"model": {k: 0 * v for k, v in state["model"].items()}}, folder / "other.pt")  # other weights
+    code, out, _ = cli("--eval", folder / "other.pt", "--attacks", "fgsm")
+    assert code == 0 and "kept" not in out and json.loads((folder / "record.json").read_text()) == record
     monkeypatch.setattr(sam_at, "load_data", lambda *_: tiny_data(24, seed=5, size=32))  # other data: not this run's
     code, out, _ = cli("--eval", folder / "checkpoint.pt", "--attacks", "fgsm")
     assert code == 0 and "kept" not in out and json.loads((folder / "record.json").read_text()) == record
@@ -1839,6 +1862,19 @@ def made_up(method, seed, clean, robust, seconds=10.0, **radius):
             "machine": "m", "torch": "t", "command": "c", "finished": True}
 
 
+@pytest.mark.parametrize("name, content", [
+    ("theory.json", ""), ("theory.json", "{"), ("theory.json", '{"a": 1}'), ("records.jsonl", "{}"), ("records.jsonl", "1"),
+    ("records.jsonl", "{"), ("records.jsonl", '{"finished": true, "name": "a", "settings": {"method": "sgd"}}')])
+def test_a_report_from_broken_records_is_one_line_and_writes_nothing(name, content):
+    Path("results").mkdir()
+    Path("results/records.jsonl").write_text(json.dumps(made_up("sgd", 0, 50.0, {"a": 40.0})) + "\n")
+    (Path("results") / name).write_text(content)
+    before = {p: p.read_bytes() for p in Path("results").iterdir()}
+    code, _, err = cli("--report")
+    assert code == 2 and err.count("\n") == 1 and name in err
+    assert not Path("RESULTS.md").exists() and {p: p.read_bytes() for p in Path("results").iterdir()} == before
+
+
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=6))
 def test_table_figures_are_mean_and_deviation_over_seeds(values):
     records = [made_up("sgd", seed, value, {"a": 100 - value}) for seed, value in enumerate(values)]
@@ -2007,6 +2043,8 @@ def test_folder_is_read_as_imagefolder_reads_it(tmp_path_factory, test_name, wid
     assert [tuple(image[:, 5, 5].tolist()) for image in data.x] == [(80 * c, 60, 20 * i) for c in (0, 1) for i in range(3)]
     assert data.mean_std == sam_at.mean_std_of(data.x) and data.augment
     assert data.source.startswith(f"{root.name} (6 training") and data.note == ""
+    (root / "SOURCE.txt").write_bytes(b"")
+    assert sam_at.load_folder(root).source.startswith(root.name)
     (root / "SOURCE.txt").write_text("Cats and dogs\nDrawn, not photographed.\nOne colour each.\n")
     data = sam_at.load_folder(root)
     assert data.source.startswith("Cats and dogs (6") and data.note == "Drawn, not photographed. One colour each."
