@@ -1329,21 +1329,20 @@ def command_of(settings, evaluation):
 
 def gather_records(runs):
     """The kept records and those of the finished runs in the folder `runs`, which win; in a fixed order."""
-    try:
-        kept = [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
-        found = kept + [load_record(path) for path in Path(runs).glob("*/record.json")]
-        records = {r["name"]: r for r in found if r["finished"] and r["settings"]["method"] in METHODS}.values()
-    except (ValueError, TypeError, KeyError):
-        raise BadInput(f"{RECORDS} or {runs}: not records of this program; restore or move them away") from None
-    if not records:
-        raise BadInput(f"no finished runs: neither in {runs} nor in {RECORDS}")
-
     def place(r):
         settings = r["settings"]
         return (*map(str, setting_of(r)), list(METHODS).index(settings["method"]), settings.get("norm", ""),
                 settings.get("eps", 0), settings.get("rho", 0), settings["seed"], r["name"])
 
-    return sorted(records, key=place)
+    try:
+        kept = [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+        found = kept + [load_record(path) for path in Path(runs).glob("*/record.json")]
+        records = sorted({r["name"]: r for r in found if r["finished"]}.values(), key=place)
+    except (ValueError, TypeError, KeyError):
+        raise BadInput(f"{RECORDS} or {runs}: not records of this program; restore or move them away") from None
+    if not records:
+        raise BadInput(f"no finished runs: neither in {runs} nor in {RECORDS}")
+    return records
 
 
 def setting_of(record):
@@ -1391,8 +1390,9 @@ RECIPE = ["sgd", *(f"sam rho 0.{r}" for r in (1, 2, 3, 4)), *(f"at linf {eps}/25
 def verdicts(rows):
     """[(claim, sentence)] for one table, by RULES; rows: {label: runs}."""
     attacks = list(next(iter(rows.values()))[0]["robust"])
-    sgd, sam, at = ([label for label in rows if label.split()[0] == method] for method in ("sgd", "sam", "at"))
-    variants = [label for label in rows if label.split()[0] in ("asam", "esam")]
+    plain = [label for label in rows if "BatchNorm" not in label]  # --batchnorm's rows are there to compare
+    sgd, sam, at = ([label for label in plain if label.split()[0] == method] for method in ("sgd", "sam", "at"))
+    variants = [label for label in plain if label.split()[0] in ("asam", "esam")]
     robust = {label: fmean(mean_and_error(runs, a)[0] for a in attacks) for label, runs in rows.items()}
     seconds = {label: fmean(r["seconds"] for r in runs) for label, runs in rows.items()}
 

@@ -1612,7 +1612,7 @@ def test_what_was_measured_of_a_run_is_kept(tiny_demo, monkeypatch):
     assert [e["evaluation"].get("seed") for e in record["more"]] == [None] * 3 + [3, 3]
     assert cli("--report")[0] == 0 and Path("RESULTS.md").read_text().count("The same models under PGD-10 from 1") == 3
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    torch.save(state | {"model": {k: 0 * v for k, v in state["model"].items()}}, folder / "other.pt")  # other weights
+    torch.save(state | {"model": {k: v + k.endswith("bias") for k, v in state["model"].items()}}, folder / "other.pt")  # other weights
     code, out, _ = cli("--eval", folder / "other.pt", "--attacks", "fgsm")
     assert code == 0 and "kept" not in out and json.loads((folder / "record.json").read_text()) == record
     monkeypatch.setattr(sam_at, "load_data", lambda *_: tiny_data(24, seed=5, size=32))  # other data: not this run's
