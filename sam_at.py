@@ -1559,25 +1559,29 @@ def run_pictures(s):
 
 
 def draw_tradeoff(pyplot, s, runs):
-    """Clean against robust accuracy, a panel for each attack, a point for each run, the radius beside a row's mean."""
-    attacks = list(runs[0]["robust"])
+    """Clean against robust accuracy, a panel for each attack, a point for each run: the first seed's with its radius
+    beside it, the others paler. Rows of --batchnorm are left out."""
+    rows, attacks = grouped(r for r in runs if "batchnorm" not in r["settings"]), list(runs[0]["robust"])
     markers = dict(zip(METHODS, [("o", 30), ("^", 60), (">", 60), ("v", 60), ("s", 110), ("D", 90), ("p", 120)]))
-    rows = -(-len(attacks) // 2)
-    figure, axes = pyplot.subplots(rows, 2, figsize=(10, 3.5 * rows), sharey=True, squeeze=False, layout="constrained")
+    high = -(-len(attacks) // 2)
+    figure, axes = pyplot.subplots(high, 2, figsize=(10, 3.5 * high), sharey=True, squeeze=False, layout="constrained")
     for axis, attack in zip(axes.flat, attacks):
         axis.set(xlabel=f"accuracy under {attack}, %", ylabel="clean accuracy, %")
-        for method, of_method in grouped(runs, lambda r: r["settings"]["method"]).items():
-            marker, size = markers[method]
-            axis.scatter([r["robust"][attack] for r in of_method], [r["clean"] for r in of_method], marker=marker,
-                         s=size, facecolors="none", edgecolors=COLOURS[method], linewidths=1.5, label=method.upper())
-        means = {}  # rows whose means nearly coincide share a label
-        for label, of_label in grouped(runs).items():
-            at = tuple(round(mean_and_error(of_label, key)[0]) for key in (attack, "clean"))
-            means.setdefault(at, []).append(label.partition(" ")[2])
-        for at, labels in means.items():
+        labels = {}  # points that coincide share a label
+        for label, of_label in rows.items():
+            method, _, radius = label.partition(" ")
+            points, (marker, size) = [(r["robust"][attack], r["clean"]) for r in of_label], markers[method]
+            for some, alpha in (points[1:], 0.35), (points[:1], 1.0):
+                axis.scatter([x for x, _ in some], [y for _, y in some], marker=marker, s=size, alpha=alpha,
+                             facecolors="none", edgecolors=COLOURS[method], linewidths=1.5)
+            labels.setdefault(points[0], []).append(radius.replace("rho ", ""))
+        for at, radii in labels.items():
             right = at[0] > fmean(axis.get_xlim())
-            axis.annotate(textwrap.fill(", ".join(filter(None, labels)), 40), at, textcoords="offset points",
-                          xytext=(-7 if right else 7, 7), fontsize=7, ha="right" if right else "left")
+            axis.annotate(textwrap.fill(", ".join(filter(None, dict.fromkeys(radii))), 40), at, fontsize=7,
+                          textcoords="offset points", xytext=(-7 if right else 7, 7), ha="right" if right else "left")
+    for method in dict.fromkeys(label.split()[0] for label in rows):
+        marker, _ = markers[method]
+        axes[0][0].plot([], [], marker, mfc="none", color=COLOURS[method], label=method.upper())
     axes[0][0].legend(fontsize=9)
     return figure
 
