@@ -30,6 +30,7 @@ weights. x: float images (N, C, H, W) or any (N, ...). y: integer labels (N,). l
 """
 import argparse
 import copy
+import gc
 import hashlib
 import inspect
 import json
@@ -1018,6 +1019,14 @@ def start_processes(s):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
 
 
+def stop_processes():
+    """Leave the others, together. Networks that still hold the group go first, or its threads abort the exit."""
+    if joined():
+        gc.collect()
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 def joined():
     return distributed.is_available() and distributed.is_initialized()
 
@@ -1047,7 +1056,8 @@ def spread(model, s):
     """The network for training: as it is, or with its gradients averaged over the processes."""
     if not joined():
         return model
-    model = DistributedDataParallel(model, broadcast_buffers=False)  # BatchNorm's are a device's own: wait_for_first
+    model = DistributedDataParallel(model)
+    model.broadcast_buffers = False  # BatchNorm's statistics are a device's own, until wait_for_first
     model.sync_ascent = s.sync_ascent
     return model
 
@@ -1923,8 +1933,7 @@ def main(argv=None):
         rows = s.mode(s) if s.mode in (run_training, run_eval) or not rank() else []
         if s.json:
             write_whole(s.json, json.dumps(rows, indent=1) + "\n")
-        if joined():
-            distributed.destroy_process_group()
+        stop_processes()
         return 0
     except (BadInput, Diverged, OSError) as error:  # OSError: a full disk, a folder that is not there
         code, message = 2, error

@@ -1747,7 +1747,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, monkeypatch):
         results["own"] = t.three_steps(t.SHARED_STEPS["sam"], False)
         if not sam_at.rank():
             torch.save(results, {str(tmp_path / "two.pt")!r})
-        torch.distributed.destroy_process_group()
+        sam_at.stop_processes()
         """)
     run = torchrun(tmp_path / "worker.py")
     out, err = run.communicate(timeout=120)
