@@ -45,8 +45,9 @@ list() {
 
 if $dry; then
   list
+  compile=$(python -c 'import torch; print("--compile" * torch.cuda.is_available())')  # as runs of 100 epochs are there
   # shellcheck disable=SC2086  # the flags are words
-  table=$(mktemp) && python sam_at.py $common --method sgd sam asam esam at sam+at awp --benchmark --json "$table"
+  table=$(mktemp) && python sam_at.py $common $compile --method sgd sam asam esam at sam+at awp --benchmark --json "$table"
   list | python -c '
 import json, sys
 step = {row["method"]: row["step_s"] for row in json.load(open(sys.argv[1]))}
@@ -62,17 +63,28 @@ if sys.argv[2] != "true":
   exit
 fi
 
-# One run at a time on each GPU: xargs gives its slot, 0, 1, ..., to each run. Without a GPU, one at a time.
+# One run at a time on each GPU: xargs gives its slot, 0, 1, ..., to each run. Without a GPU, one at a time. A run that
+# fails does not end the others (unless xargs is told 255), nor the report; at the end it makes the exit code 1.
+failed=0
+if ! $quick; then  # the data first, once for all
+  python -c '
+import sam_at, sys
+try:
+    sam_at.load_data("cifar10", "data"), sam_at.load_data("cifar100", "data")
+except (sam_at.BadInput, OSError) as error:
+    sys.exit(print(f"run_all.sh: {error}", file=sys.stderr) or 2)'
+fi
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then
   IFS=, read -ra ids <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
   export GPU_IDS="${ids[*]}"
   # shellcheck disable=SC2016  # expanded by the inner shell
   list | xargs -P "$gpus" --process-slot-var=SLOT -I RUN \
-    bash -c 'ids=($GPU_IDS); export CUDA_VISIBLE_DEVICES=${ids[$SLOT]}; echo "+ RUN"; RUN'
+    bash -c 'ids=($GPU_IDS); export CUDA_VISIBLE_DEVICES=${ids[$SLOT]}; echo "+ RUN"; RUN || exit 1' || failed=1
 else
-  list | xargs -I RUN bash -c 'echo "+ RUN"; RUN'
+  list | xargs -I RUN bash -c 'echo "+ RUN"; RUN || exit 1' || failed=1
 fi
 
 python sam_at.py --report
 if python -c 'import matplotlib' 2> /dev/null; then python sam_at.py --pictures; fi
+exit "$failed"

@@ -39,7 +39,9 @@ import logging
 import math
 import os
 import platform
+import shutil
 import sys
+import sysconfig
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -801,7 +803,10 @@ def outside(model, x, y, *, attack, norm=None, eps=None, seed=0):
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            x_adv = attack(plain, **given)(x.contiguous(), y).clamp(0, 1)
+            adversary = attack(plain, **given)
+            for part in adversary._autoattack.attacks if attack.__name__ == "AutoAttack" else ():
+                part.steps = 100  # as AutoAttack's authors have it (Croce and Hein 2020); torchattacks takes 10
+            x_adv = adversary(x.contiguous(), y).clamp(0, 1)
     except Exception as error:
         raise BadInput(f"torchattacks' {attack.__name__} failed: {first_line(error)}") from None
     if "norm" in takes and eps:
@@ -979,7 +984,7 @@ def run_benchmark(s):
     print(f"{s.model}, batch {s.batch_size}, {device_name(s.device)}, {s.precision}, torch {torch.__version__}; "
           f"a matrix product runs at {rate / 1e12:.2f} TFLOP/s")
     for method in dict.fromkeys(["sgd", *s.method]):
-        model, fast = build(s, 10, CIFAR10_MEAN_STD)
+        model, fast = build(method, s, 10, CIFAR10_MEAN_STD)
         optimizer, _ = make_optimizer(model, s.lr, s.epochs, s.optimizer)
         step = METHODS[method].step(s)
         with FlopCounterMode(display=False) as counter:
@@ -1018,7 +1023,8 @@ def start_processes(s):
         store, rank_, world_ = next(distributed.rendezvous("env://"))
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]  # the addresses of an attempt that died are still there
         distributed.init_process_group("nccl" if s.device.type == "cuda" else "gloo", rank=rank_, world_size=world_,
-                                       store=distributed.PrefixStore(attempt, store))
+                                       store=distributed.PrefixStore(attempt, store),
+                                       device_id=s.device if s.device.type == "cuda" else None)
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
 
@@ -1085,17 +1091,23 @@ def wait_for_first(model=None):
 
 
 # == 14. Runs ===================================================================================================
-#    A folder each, with a record and a checkpoint. A run killed at any moment goes on as if it had not been.
+#    A folder each, with a record and a checkpoint. A run killed at any moment goes on as if it had not been (on a CPU,
+#    bit for bit).
 
 
-def build(s, num_classes, mean_std):
+def compiles(method, s):
+    """Whether to compile. ESAM switches gradients of weights off at random: each choice would be compiled anew."""
+    return s.compile and method != "esam"
+
+
+def build(method, s, num_classes, mean_std):
     """The network that the settings name, on its device: (model, the same compiled if they say so)."""
     torch.manual_seed(s.seed)  # every method starts from the same weights and meets the same batches
     model = make_model(s.model, num_classes, mean_std, width=s.width).to(s.device)
     model.bf16, model.always_track = s.precision == "bf16", s.batchnorm == "always"
     if s.batchnorm == "synced":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model, spread(torch.compile(model, dynamic=False) if s.compile else model, s)
+    return model, spread(torch.compile(model, dynamic=False) if compiles(method, s) else model, s)
 
 
 def sha256(tensors):
@@ -1112,8 +1124,8 @@ def settings_of(method, s, data):
             "seed"]
     keys += ["optimizer"] * (s.optimizer != "sgd") + ["sync_ascent"] * s.sync_ascent
     keys += ["batchnorm"] * (s.batchnorm == "synced" or s.batchnorm == "always" and method != "sgd")
-    return {"method": method, **{key: getattr(s, key) for key in keys}, "device": s.device.type,
-            "classes": data.num_classes, "data_sha256": sha256([data.x, data.y, data.x_test, data.y_test])}
+    return {"method": method, **{key: getattr(s, key) for key in keys}, "compile": compiles(method, s),
+            "device": s.device.type, "classes": data.num_classes, "data_sha256": sha256([data.x, data.y, data.x_test, data.y_test])}
 
 
 def label_of(settings):
@@ -1189,8 +1201,6 @@ def random_states(device, states=()):
 
 def run_method(method, s, data):
     """Train one network with one method, or go on with it, and attack it. Prints its progress, returns its record."""
-    if method == "esam":  # it switches gradients of weights off at random: each choice would be compiled anew
-        s = argparse.Namespace(**vars(s) | {"compile": False})
     settings = settings_of(method, s, data)
     folder, label = Path(s.runs) / name_of(settings), label_of(settings)
     record_file, checkpoint = folder / "record.json", folder / "checkpoint.pt"
@@ -1207,7 +1217,7 @@ def run_method(method, s, data):
         more = evaluations(record)  # what was measured stays in the record
     state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
 
-    model, fast = build(s, data.num_classes, data.mean_std)
+    model, fast = build(method, s, data.num_classes, data.mean_std)
     optimizer, schedule = make_optimizer(model, s.lr, s.epochs, s.optimizer)
     log = state["log"] if state else []
     if state:
@@ -1832,7 +1842,7 @@ def parse_args(argv):
         torch.cuda.set_device(s.device)  # so that whatever asks for "the" GPU means this one
         torch.backends.cudnn.allow_tf32 = False  # torch's default, TF32, rounds the inputs of convolutions to 10 bits
     if s.compile is None:  # compiling takes a minute or two; on the CPU it gained nothing (1.08 s a step either way)
-        s.compile = on_cuda and s.epochs >= 20 and s.mode is not run_benchmark
+        s.compile = on_cuda and s.epochs >= 20 and s.mode is not run_benchmark and can_compile()
     if s.precision == "auto":
         s.precision = "bf16" if has_bf16(s.device) else "fp32"
     runs = next(p for p in (Path(s.runs), *Path(s.runs).absolute().parents) if p.exists())
@@ -1858,12 +1868,18 @@ def has_bf16(device):
     return device.type == "cpu" and any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def can_compile():
+    """Whether there is what Triton builds its launcher with: a C compiler and Python's header."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return header.exists() and any(os.environ.get("CC") or shutil.which(name) for name in ("gcc", "clang"))
+
+
 def keep_freed_memory():
     """On Linux, let freed memory stay with the process. By default large pieces go back to the kernel, and each step
     pays for clean pages anew: 3% of its time for PRN-18 on two cores, 10% at width 8."""
     with suppress(AttributeError, OSError, TypeError):  # another system's C library has no mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX: no mappings of their own; M_TRIM_THRESHOLD: no giving back
+        mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX: no mappings for single pieces; M_TRIM_THRESHOLD
 
 
 def json_can_go(path):
@@ -1904,7 +1920,11 @@ def run_training(s):
     """Train and attack every method asked for; print the table and return its rows."""
     other = "paper" if s.preset == "demo" else "demo"
     print(f"preset {s.preset}; for the other: --preset {other} (default: paper with CUDA, otherwise demo)", flush=True)
+    if rank():
+        wait_for_first()  # it may have to download
     data = load_data(s.dataset, s.data_dir)
+    if not rank():
+        wait_for_first()
     if s.batch_size % world():
         raise BadInput(f"--batch-size {s.batch_size} cannot be shared by {world()} processes")
     if s.batch_size > len(data.x):
@@ -1951,7 +1971,7 @@ def main(argv=None):
     except (BadInput, Diverged, OSError) as error:  # OSError: a full disk, a folder that is not there
         code, message = 2, error
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error):  # the CPU's allocator has no class of its own
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
         code, message = 2, f"{first_line(error)}; try a smaller --batch-size or --width"
     except KeyboardInterrupt:

@@ -16,6 +16,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the specification is of the CPU's bits, wherever it runs
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -828,6 +830,40 @@ def test_compiled_training_is_the_same_up_to_rounding():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_only_where_triton_can_build_is_compiling_the_default(monkeypatch, tmp_path):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    for include, compiler, can in (tmp_path, "/bin/gcc", True), (tmp_path, None, False), (tmp_path / "no", "/bin/gcc", False):
+        monkeypatch.setattr("sysconfig.get_path", lambda name, include=include: str(include))
+        monkeypatch.setattr("shutil.which", lambda name, compiler=compiler: compiler)
+        assert sam_at.can_compile() is can
+    monkeypatch.setenv("CC", "mycc")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert sam_at.can_compile()
+
+
+def test_esam_is_never_compiled():
+    s = argparse.Namespace(compile=True)
+    assert [method for method in sam_at.METHODS if not sam_at.compiles(method, s)] == ["esam"]
+
+
+@pytest.mark.parametrize("error, line", [
+    (torch.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False)])
+def test_only_a_lack_of_memory_is_called_one(monkeypatch, error, line):
+    def fail(s):
+        raise error
+
+    monkeypatch.setattr(sam_at, "run_training", fail)
+    if not line:
+        with pytest.raises(RuntimeError, match="illegal"):
+            cli("--preset", "demo")
+    else:
+        code, _, err = cli("--preset", "demo")
+        assert code == 2 and err.count("\n") == 1 and "--batch-size" in err
+
+
 def test_the_benchmark_prints_what_it_writes(tmp_path):
     code, out, err = cli("--preset", "demo", "--benchmark", "--batch-size", 16, "--attack-steps", 2, "--json", tmp_path / "b.json")
     rows = json.loads((tmp_path / "b.json").read_text())
@@ -1193,6 +1229,18 @@ def test_autoattack_is_never_above_pgd(seed, norm):
     names = f"{norm} {eps}", f"autoattack {norm} {eps}"
     robust = sam_at.evaluate(model, (x, model(x).argmax(1)), names)["robust"]
     assert robust[names[1]] <= robust[names[0]] + 100 / 60 and robust[names[0]] < 100
+
+
+def test_autoattack_takes_its_authors_hundred_steps(monkeypatch):
+    """torchattacks takes ten."""
+    torchattacks, steps = pytest.importorskip("torchattacks"), {}
+    for name in "APGD", "APGDT", "FAB":
+        monkeypatch.setattr(getattr(torchattacks, name), "forward",
+                            lambda self, x, y: steps.update({type(self).__name__: self.steps}) or x)
+    x = pixels(3, 3, 4, 4, seed=0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    sam_at.outside(model, x, model(x).argmax(1), attack="AutoAttack", norm="linf", eps=1e-4)
+    assert steps == {"APGD": 100, "APGDT": 100, "FAB": 100}
 
 
 @pytest.mark.parametrize("name", ["cw", "apgdt 0.3", "fab linf 0.3", "square 0.3", "pixle", "autoattack 0.3",
