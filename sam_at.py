@@ -48,6 +48,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -274,20 +275,16 @@ class PreActBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(self.conv1(h)))) + x
 
 
-def preact_resnet(num_classes, stem, stages, blocks):
-    """For 32x32 images: a 3x3 stem, stages of blocks, each stage after the first at half the size, mean pooling."""
-    layers, c_in = [nn.Conv2d(3, stem, 3, padding=1, bias=False)], stem
-    for i, c_out in enumerate(stages):
+def preact_resnet(num_classes, width=64, stages=(1, 2, 4, 8), blocks=2):
+    """For 32x32 images: a 3x3 stem, stages of blocks, their widths in units of the stem's, each stage after the first
+    at half the size, mean pooling. With these defaults PreActResNet-18, the network of [1, 2]."""
+    layers, c_in = [nn.Conv2d(3, width, 3, padding=1, bias=False)], width
+    for i, stage in enumerate(stages):
         for j in range(blocks):
-            layers.append(PreActBlock(c_in, c_out, stride=2 if i > 0 and j == 0 else 1))
-            c_in = c_out
+            layers.append(PreActBlock(c_in, stage * width, stride=2 if i > 0 and j == 0 else 1))
+            c_in = stage * width
     return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(c_in, num_classes))
-
-
-def preact_resnet18(num_classes, width=64):
-    """PreActResNet-18, the network of [1, 2]."""
-    return preact_resnet(num_classes, width, (width, 2 * width, 4 * width, 8 * width), blocks=2)
 
 
 def small_cnn(num_classes, width=16):
@@ -320,8 +317,9 @@ class Classifier(nn.Module):
             return self.net(x).to(x.dtype)
 
 
-MODELS = {"prn18": preact_resnet18, "small": small_cnn}
+MODELS = {"prn18": preact_resnet, "small": small_cnn}
 CIFAR10_MEAN_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # mean, std of the training pixels in [0,1]
+CIFAR100_MEAN_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
 def make_model(name, num_classes, mean_std=CIFAR10_MEAN_STD, *, width=None):
@@ -392,7 +390,7 @@ def make_optimizer(model, lr, epochs, name="sgd"):
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
 
-class Diverged(Exception):
+class Diverged(ValueError):
     """Training left the finite numbers."""
 
 
@@ -475,7 +473,7 @@ def evaluate(model, data, attacks=ATTACKS, *, steps=10, restarts=1, batch_size=5
             with torch.no_grad():
                 logits = model(x)
             if not logits.isfinite().all():
-                raise ValueError("the model's logits are not finite")
+                raise Diverged("the model's logits are not finite: training went wrong; try a smaller --lr")
             right = logits.argmax(1) == y
             clean += int(right.sum())
             for name, attack in attacks.items():
@@ -604,7 +602,6 @@ def run_theory(s, p=0.9, eta=0.5, n=10, radii=(0.5, 1.0, 2.0)):
     cells = [[name, *(f"{value:.3f}" for value in values)] for name, *values in map(dict.values, rows)]
     print(f"weight on the robust feature, p = {p}, eta = {eta}, n = {n}")
     print(align([["training", "radius", "closed form", "numerical", "trained"], *cells]))
-    RECORDS.parent.mkdir(exist_ok=True)
     write_whole(THEORY, json.dumps(rows, indent=1) + "\n")
     save_picture("theory.png", draw_theory, rows, p, eta, n)
     return rows
@@ -612,7 +609,7 @@ def run_theory(s, p=0.9, eta=0.5, n=10, radii=(0.5, 1.0, 2.0)):
 
 def draw_theory(pyplot, rows, p, eta, n):
     """The weight on the robust feature against eps and against rho."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    _, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     A, eps, rho = partial(simple_accuracy, p=p, eta=eta, n=n), torch.linspace(0, 0.15, 61), torch.linspace(0, 3, 61)
     w_worst = [maximiser(lambda w: min(A(w - r), A(w + r))) for r in rho.tolist()]
     axes[0].plot(eps, w_standard(p, eta - eps), color=COLOURS["at"], label="optimum")
@@ -624,7 +621,6 @@ def draw_theory(pyplot, rows, p, eta, n):
         axis.plot(*zip(*trained), "o", mfc="none", color=COLOURS[kind.split()[0]], label="trained")
         axis.set(xlabel=name, ylabel="weight on the feature")
         axis.legend()
-    return figure
 
 
 # == 9. The duality, measured on trained networks ===============================================================
@@ -696,7 +692,7 @@ def run_sharpness(s, rhos=(0.05, 0.1, 0.2, 0.4), radii=(0.5 / 255, 1 / 255, 2 / 
 
 def draw_sharpness(pyplot, rows, rhos, radii, norm):
     """Loss rise against rho and against eps, and how far features move; paler lines are a method's later models."""
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    _, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for method, of_method in grouped(rows, lambda r: r["model"].split()[0]).items():
         for i, r in enumerate(of_method):
             look = {"color": COLOURS[method], "alpha": 1 - 0.7 * i / len(of_method), "mfc": "none"}
@@ -711,7 +707,6 @@ def draw_sharpness(pyplot, rows, rhos, radii, norm):
                 ylabel="relative distance", yscale="log")
     axes[2].tick_params("x", rotation=90)
     axes[0].legend(fontsize=8)
-    return figure
 
 
 # == 10. Variants: more ascents, networks and attacks ============================================================
@@ -755,7 +750,7 @@ def esam_step(model, x, y, optimizer, rho, *, beta=0.5, gamma=0.5):
 
 def wide_resnet28_10(num_classes, width=16):
     """WRN-28-10 (Zagoruyko and Komodakis 2016), ten times as wide; 36,479,194 parameters at 10 classes."""
-    return preact_resnet(num_classes, width, (10 * width, 20 * width, 40 * width), blocks=4)
+    return preact_resnet(num_classes, width, (10, 20, 40), blocks=4)
 
 
 def deit_tiny(num_classes, width=192):
@@ -776,14 +771,12 @@ def margin(logits, y):
 
 
 def outside_class(name):
-    """The class of that name in torchattacks. Raises ValueError if there is none, BadInput without torchattacks."""
-    try:
+    """The class of that name in torchattacks. Raises BadInput if there is none, or no torchattacks."""
+    with refused(f"{name} needs torchattacks: pip install torchattacks"):
         import torchattacks
-    except ImportError:
-        raise BadInput(f"{name} needs torchattacks: pip install torchattacks") from None
     attack = getattr(torchattacks, name, None)
     if not isinstance(attack, type):
-        raise BadRadius(f"torchattacks has no attack {name!r}")
+        raise BadInput(f"torchattacks has no attack {name!r}")
     return attack
 
 
@@ -800,15 +793,12 @@ def outside(model, x, y, *, attack, norm=None, eps=None, seed=0):
     plain = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.contiguous_format)  # some call view()
     given = {"norm": norm and norm.capitalize(), "eps": eps, "seed": seed, "n_classes": plain(x[:1]).shape[1]}
     given = {key: value for key, value in given.items() if key in takes and value is not None}
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            adversary = attack(plain, **given)
-            for part in adversary._autoattack.attacks if attack.__name__ == "AutoAttack" else ():
-                part.steps = 100  # as AutoAttack's authors have it (Croce and Hein 2020); torchattacks takes 10
-            x_adv = adversary(x.contiguous(), y).clamp(0, 1)
-    except Exception as error:
-        raise BadInput(f"torchattacks' {attack.__name__} failed: {first_line(error)}") from None
+    with refused(f"torchattacks' {attack.__name__} failed"), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adversary = attack(plain, **given)
+        for part in adversary._autoattack.attacks if attack.__name__ == "AutoAttack" else ():
+            part.steps = 100  # as AutoAttack's authors have it (Croce and Hein 2020); torchattacks takes 10
+        x_adv = adversary(x.contiguous(), y).clamp(0, 1)
     if "norm" in takes and eps:
         x_adv = x + project(x_adv - x, eps, norm or "linf")
     with torch.no_grad():
@@ -820,7 +810,7 @@ def corrupted(model, directory):
     has labels.npy (5 n,) and NAME.npy (5 n, 32, 32, 3) uint8, severity by severity. Raises BadInput if it does not."""
     import numpy  # comes with torchvision
     directory, device, accuracy = Path(directory), next(model.parameters()).device, {}
-    try:
+    with refused(f"--corruptions {directory}"):
         labels = torch.from_numpy(numpy.load(directory / "labels.npy").astype("int64")).to(device)
         for path in sorted(set(directory.glob("*.npy")) - {directory / "labels.npy"}):
             images = torch.from_numpy(numpy.load(path)).permute(0, 3, 1, 2).to(device)
@@ -831,14 +821,12 @@ def corrupted(model, directory):
             accuracy[path.stem] = [evaluate(model, part, attacks=())["clean"] for part in by_severity]
         if not accuracy:
             raise ValueError("no NAME.npy in it")
-    except Exception as error:  # numpy raises half a dozen classes for a bad file
-        raise BadInput(f"--corruptions {directory}: {first_line(error)}") from None
     return accuracy
 
 # == 11. Where the data comes from ===============================================================================
 
-class BadInput(Exception):
-    """Something the user gave cannot be used. The message is the one line that they see."""
+class BadInput(ValueError, argparse.ArgumentTypeError):
+    """Something the user gave cannot be used. The message is the one line that they see (argparse names the flag)."""
 
 
 def demo_data(n_train=4000, n_test=1000, *, classes=10, p=0.9, seed=0):
@@ -869,23 +857,19 @@ def mean_std_of(x):
     return mean.tolist(), std.clamp_min(1e-3).tolist()  # a channel without contrast must not divide by zero
 
 
-CIFAR100_MEAN_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-
-
 def load_cifar(name, directory):
     """"cifar10" or "cifar100" through torchvision, downloaded into `directory` if it is not there."""
     from torchvision import datasets
     dataset, mean_std = {"cifar10": (datasets.CIFAR10, CIFAR10_MEAN_STD),
                          "cifar100": (datasets.CIFAR100, CIFAR100_MEAN_STD)}[name]
-    existed = os.path.exists(directory)
+    existed, advice = os.path.exists(directory), "point --data-dir at a copy, or try --preset demo"
     try:
-        train, test = (dataset(directory, train=t, download=True) for t in (True, False))
-    except Exception as error:  # no network, a broken archive, a read-only folder: torchvision has one class for each
+        with refused(f"{name} is not in {directory!r} and cannot be downloaded: {advice}"):
+            train, test = (dataset(directory, train=t, download=True) for t in (True, False))
+    finally:
         if not existed:
-            with suppress(OSError):
+            with suppress(OSError):  # it is there, and holds something
                 os.rmdir(directory)
-        raise BadInput(f"{name} is not in {directory!r} and cannot be downloaded ({first_line(error)}); "
-                       "point --data-dir at a copy, or try --preset demo") from None
     x, x_test = (torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous() for d in (train, test))
     return Data(x, torch.tensor(train.targets), x_test, torch.tensor(test.targets), len(train.classes), mean_std, True,
                 f"{name} ({len(x)} training and {len(x_test)} test images)")
@@ -901,11 +885,9 @@ def load_folder(directory):
     if len(train.classes) < 2:
         raise BadInput(f"{train.root} has one class, {train.classes[0]!r}: two are the least to tell apart")
     if annotations.exists():
-        try:
+        with refused(f"{annotations}: not a list of images and classes of train"):
             names, classes, *_ = zip(*(line.split("\t") for line in annotations.read_text().splitlines()))
             test = [(annotations.parent / "images" / n, train.class_to_idx[c]) for n, c in zip(names, classes)]
-        except (KeyError, ValueError) as error:
-            raise BadInput(f"{annotations}: not a list of images and classes of train ({first_line(error)})") from None
     else:
         folder = ImageFolder(directory / ("test" if (directory / "test").is_dir() else "val"))
         test = folder.samples
@@ -913,10 +895,8 @@ def load_folder(directory):
             raise BadInput(f"{train.root} and {folder.root}: {min(odd)!r} is in one of them only")
 
     def read(path):
-        try:
+        with refused(f"{path}: not a readable image"):
             return pil_to_tensor(resize(train.loader(path), [32, 32]))
-        except Exception as error:  # PIL raises half a dozen classes for a bad file
-            raise BadInput(f"{path}: not a readable image ({first_line(error)})") from None
 
     with ThreadPoolExecutor() as pool:
         x, x_test = (torch.stack(list(pool.map(read, [path for path, _ in part]))) for part in (train.samples, test))
@@ -928,11 +908,13 @@ def load_folder(directory):
                 f"{len(y_test)} test images of {len(train.classes)} classes)", " ".join(note))
 
 
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-DATASETS = "demo", "cifar10", "cifar100", "tiny-imagenet", "folder"
+@contextmanager
+def refused(what):
+    """Inside, whatever goes wrong is BadInput: what, and in brackets the first line of the error."""
+    try:
+        yield
+    except Exception as error:  # for one bad file numpy, PIL and torchvision raise half a dozen classes
+        raise BadInput(f"{what} ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
 
 
 def load_data(name, directory):
@@ -1064,11 +1046,10 @@ def total(t):
 
 def spread(model, s):
     """The network for training: as it is, or with its gradients averaged over the processes."""
-    if not joined():
-        return model
-    model = DistributedDataParallel(model)
-    model.broadcast_buffers = False  # BatchNorm's statistics are a device's own, until wait_for_first
-    model.sync_ascent = s.sync_ascent
+    if joined():
+        model = DistributedDataParallel(model)
+        model.broadcast_buffers = False  # BatchNorm's statistics are a device's own, until wait_for_first
+        model.sync_ascent = s.sync_ascent
     return model
 
 
@@ -1112,10 +1093,7 @@ def build(method, s, num_classes, mean_std):
 
 def sha256(tensors):
     """Hexadecimal checksum of tensors, bit for bit."""
-    digest = hashlib.sha256()
-    for t in tensors:
-        digest.update(t.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def settings_of(method, s, data):
@@ -1125,7 +1103,7 @@ def settings_of(method, s, data):
     keys += ["optimizer"] * (s.optimizer != "sgd") + ["sync_ascent"] * s.sync_ascent
     keys += ["batchnorm"] * (s.batchnorm == "synced" or s.batchnorm == "always" and method != "sgd")
     return {"method": method, **{key: getattr(s, key) for key in keys}, "compile": compiles(method, s),
-            "device": s.device.type, "classes": data.num_classes, "data_sha256": sha256([data.x, data.y, data.x_test, data.y_test])}
+            "device": s.device.type, "classes": data.num_classes, "data_sha256": sha256(data[:4])}
 
 
 def label_of(settings):
@@ -1149,15 +1127,13 @@ def name_of(settings):
 
 
 def write_whole(path, content):
-    """Write a text or a checkpoint whole or not at all."""
-    if rank():
-        return
-    part = Path(f"{path}.{os.getpid()}.part")
-    if isinstance(content, str):
-        part.write_text(content)
-    else:
-        torch.save(content, part)
-    os.replace(part, path)
+    """Write a text or a checkpoint whole or not at all, in a folder that need not be there. One process does."""
+    if not rank():
+        part = Path(f"{path}.{os.getpid()}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        save = part.write_text if isinstance(content, str) else partial(torch.save, f=part)
+        save(content)
+        os.replace(part, path)
 
 
 def load_checkpoint(path, settings=None):
@@ -1177,11 +1153,9 @@ def load_checkpoint(path, settings=None):
 
 def load_record(path):
     """A run's record as a dict. Raises BadInput if it cannot be read."""
-    try:
+    with refused(f"{path}: not a record of this program; move it away, or start over with --fresh"):
         record = json.loads(Path(path).read_text())
         return {"finished": record["finished"], "settings": record["settings"], **record}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(f"{path}: not a record of this program; move it away, or start over with --fresh") from None
 
 
 def save_record(folder, record):
@@ -1208,7 +1182,7 @@ def run_method(method, s, data):
         for path in record_file, checkpoint, folder / "epochs.csv":
             path.unlink(missing_ok=True)
     wait_for_first()
-    attack, more = evaluation_of(s), []
+    attack, more = s.evaluation, []
     if record_file.exists():
         record = load_record(record_file)
         if record["finished"] and record["evaluation"] == attack:
@@ -1230,7 +1204,6 @@ def run_method(method, s, data):
     record = {"name": folder.name, "settings": settings, "command": command_of(settings, attack), "data": data.source,
               "data_note": data.note, "test_images": len(data.x_test), "machine": machine, "torch": torch.__version__,
               "log": log, "more": [e for e in more if e["evaluation"] != attack], "finished": False}
-    folder.mkdir(parents=True, exist_ok=True)
     terminal = sys.stdout.isatty()
 
     def on_batch(epoch, done, total):
@@ -1261,7 +1234,7 @@ def record_of(path, model, data):
     kept = Path(path).parent / "record.json"
     if not kept.exists() or not os.access(kept.parent, os.W_OK) or not (record := load_record(kept))["finished"]:
         return None
-    same_data = record["settings"]["data_sha256"] == sha256([data.x, data.y, data.x_test, data.y_test])
+    same_data = record["settings"]["data_sha256"] == sha256(data[:4])
     return record if same_data and record["weights_sha256"] == sha256(model.state_dict().values()) else None
 
 
@@ -1274,12 +1247,6 @@ def load_model(path, data, device):
     model = make_model(settings["model"], settings["classes"], state["mean_std"], width=settings["width"])
     model.load_state_dict(state["model"])
     return state, model.to(device).eval()
-
-
-def evaluation_of(s):
-    """What the settings ask of an evaluation. Two are the same if these are the same."""
-    asked = {"attacks": s.attacks, "eval_steps": s.eval_steps, "restarts": s.restarts}
-    return asked | ({"images": s.images} if s.images else {})
 
 
 def evaluations(record):
@@ -1299,11 +1266,8 @@ def spaced(tensors, most):
 def assess(model, data, s):
     """What a record says of a trained model: {"evaluation", "clean", "robust", "warnings"}."""
     test = spaced([data.x_test.to(s.device), data.y_test.to(s.device)], s.images)
-    try:
-        result = evaluate(model, test, s.attacks, steps=s.eval_steps, restarts=s.restarts, seed=s.seed)
-    except ValueError as error:
-        raise Diverged(f"{error}: training went wrong; try a smaller --lr") from None
-    return {"evaluation": evaluation_of(s), **result,
+    result = evaluate(model, test, s.attacks, steps=s.eval_steps, restarts=s.restarts, seed=s.seed)
+    return {"evaluation": s.evaluation, **result,
             "warnings": doubts(model, test, s.attacks, s.eval_steps, s.restarts, s.seed)}
 
 
@@ -1334,6 +1298,20 @@ def doubts(model, data, attacks, steps, restarts, seed, most=200):
 # == 15. The report: RESULTS.md and pictures, from records alone ================================================
 
 RECORDS, THEORY = Path("results/records.jsonl"), Path("results/theory.json")  # kept with the report; a line a run
+COLOURS = {"sgd": "#000000", "sam": "#0072B2", "asam": "#56B4E9", "esam": "#009E73", "at": "#D55E00",
+           "sam+at": "#CC79A7", "awp": "#E69F00"}  # Okabe and Ito (2008): apart for every kind of eye
+RULES = """\
+- **C1**, SAM alone is more robust than SGD and as accurate: some rho gains over two standard errors under every attack
+  and loses at most 0.5 clean.
+- **C2**, AT is the most robust and costs accuracy: the most robust AT gains over two standard errors on every SGD and
+  SAM row under every attack and loses over 0.5 clean against SGD.
+- **C3**, SAM is the gentler of two duals: mean robust accuracy rises from SGD over the best SAM to the best AT, clean
+  accuracy falls from that SAM to that AT.
+- **C4**, the simplified model is solved: search and training end within 3% of the closed forms.
+- **C5**, it holds for variants, networks and data: here, C1's rule for every ASAM and ESAM row; see the other tables.
+- **C6**, SAM is the cheap one: every SAM row trains faster than every AT row."""
+RECIPE = ["sgd", *(f"sam rho 0.{r}" for r in (1, 2, 3, 4)), *(f"at linf {eps}/255" for eps in (1, 2, 4, 8)),
+          *(f"at l2 {eps}/255" for eps in (16, 32, 64, 128))]  # the papers' rows: what run_all.sh trains
 
 
 def command_of(settings, evaluation):
@@ -1358,12 +1336,10 @@ def gather_records(runs):
         return (*map(str, setting_of(r)), list(METHODS).index(settings["method"]), settings.get("norm", ""),
                 settings.get("eps", 0), settings.get("rho", 0), settings["seed"], r["name"])
 
-    try:
+    found = [load_record(path) for path in Path(runs).glob("*/record.json")]
+    with refused(f"{RECORDS} or {runs}: not records of this program; restore or move them away"):
         kept = [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
-        found = kept + [load_record(path) for path in Path(runs).glob("*/record.json")]
-        records = sorted({r["name"]: r for r in found if r["finished"]}.values(), key=place)
-    except (ValueError, TypeError, KeyError):
-        raise BadInput(f"{RECORDS} or {runs}: not records of this program; restore or move them away") from None
+        records = sorted({r["name"]: r for r in kept + found if r["finished"]}.values(), key=place)
     if not records:
         raise BadInput(f"no finished runs: neither in {runs} nor in {RECORDS}")
     return records
@@ -1395,20 +1371,6 @@ def mean_and_error(runs, attack):
 def images_of(record):
     """How many images the accuracies of a record are of."""
     return min(record["evaluation"].get("images", record["test_images"]), record["test_images"])
-
-
-RULES = """\
-- **C1**, SAM alone is more robust than SGD and as accurate: some rho gains over two standard errors under every attack
-  and loses at most 0.5 clean.
-- **C2**, AT is the most robust and costs accuracy: the most robust AT gains over two standard errors on every SGD and
-  SAM row under every attack and loses over 0.5 clean against SGD.
-- **C3**, SAM is the gentler of two duals: mean robust accuracy rises from SGD over the best SAM to the best AT, clean
-  accuracy falls from that SAM to that AT.
-- **C4**, the simplified model is solved: search and training end within 3% of the closed forms.
-- **C5**, it holds for variants, networks and data: here, C1's rule for every ASAM and ESAM row; see the other tables.
-- **C6**, SAM is the cheap one: every SAM row trains faster than every AT row."""
-RECIPE = ["sgd", *(f"sam rho 0.{r}" for r in (1, 2, 3, 4)), *(f"at linf {eps}/255" for eps in (1, 2, 4, 8)),
-          *(f"at l2 {eps}/255" for eps in (16, 32, 64, 128))]  # the papers' rows: what run_all.sh trains
 
 
 def verdicts(rows):
@@ -1527,51 +1489,34 @@ def show_evaluation(record):
 def run_report(s):
     """Write RESULTS.md, and keep the records that it came from."""
     records = gather_records(s.runs)
-    try:
+    with refused(f"{THEORY} or {RECORDS}: not written by this program; restore or move them away"):
         text = report(records, json.loads(THEORY.read_text()) if THEORY.exists() else ())
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise BadInput(f"{THEORY} or {RECORDS}: not written by this program; restore or move them away") from None
-    RECORDS.parent.mkdir(exist_ok=True)
     write_whole(RECORDS, "".join(json.dumps(r) + "\n" for r in records))
     write_whole("RESULTS.md", text)
     print(f"RESULTS.md and {RECORDS}: {len(records)} runs")
     return records
 
 
-COLOURS = {"sgd": "#000000", "sam": "#0072B2", "asam": "#56B4E9", "esam": "#009E73", "at": "#D55E00",
-           "sam+at": "#CC79A7", "awp": "#E69F00"}  # Okabe and Ito (2008): apart for every kind of eye
-
-
-def need_pyplot():
-    """matplotlib's pyplot, set up; raises BadInput without it."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise BadInput("pictures need matplotlib: pip install matplotlib") from None
+def save_picture(name, draw, *arguments, title=""):
+    """Save what draw(pyplot, ..) draws, if anything, as results/NAME; without matplotlib, print a line that says so."""
+    if not find_spec("matplotlib"):
+        print("no picture without matplotlib: pip install matplotlib")
+        return
+    from matplotlib import pyplot
     pyplot.switch_backend("Agg")
     pyplot.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "savefig.dpi": 110,
                             "savefig.bbox": "tight"})
-    return pyplot
-
-
-def save_picture(name, draw, *arguments, title=""):
-    """Save draw(pyplot, ..), if it draws one, as results/NAME; without matplotlib, print a line that says so."""
-    try:
-        pyplot = need_pyplot()
-    except BadInput as error:
-        print(f"no picture: {error}")
-        return
-    if figure := draw(pyplot, *arguments):
+    draw(pyplot, *arguments)
+    if pyplot.get_fignums():
         RECORDS.parent.mkdir(exist_ok=True)
-        figure.suptitle(title)
-        figure.savefig(RECORDS.parent / name)
-        pyplot.close(figure)
+        pyplot.suptitle(title)
+        pyplot.savefig(RECORDS.parent / name)
+        pyplot.close()
         print(RECORDS.parent / name)
 
 
 def run_pictures(s):
     """Draw results/*.png from the records, and from the checkpoints that are there. Needs matplotlib."""
-    need_pyplot()
     for setting, runs in grouped(gather_records(s.runs), setting_of).items():
         settings = runs[0]["settings"]
         title = f"{runs[0]['data'].split(' (')[0]}, {settings['model']}, {settings['epochs']} epochs"
@@ -1588,7 +1533,7 @@ def draw_tradeoff(pyplot, s, runs):
     rows, attacks = grouped(r for r in runs if "batchnorm" not in r["settings"]), list(runs[0]["robust"])
     markers = dict(zip(METHODS, [("o", 30), ("^", 60), (">", 60), ("v", 60), ("s", 110), ("D", 90), ("p", 120)]))
     high = -(-len(attacks) // 2)
-    figure, axes = pyplot.subplots(high, 2, figsize=(10, 3.5 * high), sharey=True, squeeze=False, layout="constrained")
+    _, axes = pyplot.subplots(high, 2, figsize=(10, 3.5 * high), sharey=True, squeeze=False, layout="constrained")
     for axis, attack in zip(axes.flat, attacks):
         axis.set(xlabel=f"accuracy under {attack}, %", ylabel="clean accuracy, %")
         labels = {}  # points that coincide share a label
@@ -1607,12 +1552,11 @@ def draw_tradeoff(pyplot, s, runs):
         marker, _ = markers[method]
         axes[0][0].plot([], [], marker, mfc="none", color=COLOURS[method], label=method.upper())
     axes[0][0].legend(fontsize=9)
-    return figure
 
 
 def draw_curves(pyplot, s, runs):
     """Training loss and accuracy by epoch, the first seed of each row; paler lines are larger radii."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    _, axes = pyplot.subplots(1, 2, figsize=(11, 4))
     for method, of_method in grouped(runs, lambda r: r["settings"]["method"]).items():
         rows = grouped(of_method)
         for i, (label, (first, *_)) in enumerate(rows.items()):
@@ -1621,38 +1565,38 @@ def draw_curves(pyplot, s, runs):
                           color=COLOURS[method], alpha=1 - 0.7 * i / len(rows))
                 axis.set(xlabel="epoch", ylabel=f"training {quantity}, {unit}")
     axes[1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
 
 
 def draw_attacked(pyplot, s, runs, eps=8 / 255, shown=4):
-    """Images, and for a model each of SGD, SAM and AT that left a checkpoint: attacked, and delta enlarged. Or None."""
+    """Images, and for a model each of SGD, SAM and AT that left a checkpoint: attacked, and delta enlarged."""
     settings, found = runs[0]["settings"], {}
     for r in runs:
         path, method = Path(s.runs) / r["name"] / "checkpoint.pt", r["settings"]["method"]
         if path.exists() and method in ("sgd", "sam", "at"):
             found.setdefault(method, path)
     if not found or (settings["dataset"] in ("folder", "tiny-imagenet")) != s.data_dir_given:
-        return None  # a folder only where it is named
+        return  # a folder only where it is named
     data = load_data(settings["dataset"], s.data_dir)
-    pick = torch.arange(shown) * (len(data.x_test) // shown)
-    x, y = to_pixels(data.x_test[pick]), data.y_test[pick]
+    x, y = spaced([data.x_test, data.y_test], shown)
+    x = to_pixels(x)
     columns = [("image", x)]
     for path in found.values():
         state, model = load_model(path, data, "cpu")
         x_adv = pgd(model, x, y, eps, random_start=False)
         columns += [(f"{label_of(state['settings'])},\nunder linf {show_radius(eps)}", x_adv),
                     (f"its delta,\nx {0.5 / eps:.0f}", (0.5 + (x_adv - x) / (2 * eps)).clamp(0, 1))]
-    figure, axes = pyplot.subplots(shown, len(columns), figsize=(1.6 * len(columns), 1.6 * shown + 0.8))
+    _, axes = pyplot.subplots(shown, len(columns), figsize=(1.6 * len(columns), 1.6 * shown + 0.8))
     for j, (name, images) in enumerate(columns):
         axes[0][j].set_title(name, fontsize=9)
         for axis, image in zip(axes[:, j], images):
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set_axis_off()
-    return figure
 
 
 # == 16. The command line =======================================================================================
 
+DATASETS = "demo", "cifar10", "cifar100", "tiny-imagenet", "folder"
+OUTSIDE = {"autoattack": "AutoAttack", "cw": "CW", "apgdt": "APGDT", "fab": "FAB", "square": "Square", "pixle": "Pixle"}
 PRESETS = {  # every setting that differs between the two
     "demo": {"dataset": "demo", "model": "small", "epochs": 15, "eps": {"linf": 4 / 255, "l2": 128 / 255}},
     "paper": {"dataset": "cifar10", "model": "prn18", "epochs": 100, "eps": {"linf": 8 / 255, "l2": 128 / 255}},
@@ -1691,13 +1635,6 @@ def attacked(s, step):
     return on_attacked
 
 
-OUTSIDE = {"autoattack": "AutoAttack", "cw": "CW", "apgdt": "APGDT", "fab": "FAB", "square": "Square", "pixle": "Pixle"}
-
-
-class BadRadius(BadInput, ValueError, argparse.ArgumentTypeError):
-    """A radius or an attack that makes no sense; argparse puts the flag's name before the message."""
-
-
 def parse_attack(name):
     """"linf 8/255", "l2 0.5 margin", "fgsm" (8/255, one full step) -> arguments of withstands; "autoattack l2 0.5",
     "square 8/255", "torchattacks:BIM" or so, norm and radius optional -> arguments of outside. Raises ValueError."""
@@ -1708,14 +1645,14 @@ def parse_attack(name):
         norm = rest.pop(0) if rest and rest[0] in ("linf", "l2") else None
         eps = parse_radius(rest.pop(0)) if rest else None
         if rest or (norm and "norm" not in takes) or (eps and "eps" not in takes):
-            raise BadRadius(f"attack {name!r}: torchattacks' {attack} does not take all of that")
+            raise BadInput(f"attack {name!r}: torchattacks' {attack} does not take all of that")
         return {"attack": attack, "norm": norm, "eps": eps}
     if kind == "fgsm" and len(rest) < 2:
         eps = parse_radius(rest[0] if rest else "8/255")
         return {"norm": "linf", "eps": eps, "steps": 1, "step_size": eps, "random_start": False}
     if kind not in ("linf", "l2") or not rest or rest[1:] not in ([], ["margin"]):
-        raise BadRadius(f"unknown attack {name!r}: expected 'linf 8/255', 'l2 32/255', either with 'margin' behind it, "
-                        f"'fgsm 8/255', torchattacks:NAME or one of {', '.join(OUTSIDE)}")
+        raise BadInput(f"unknown attack {name!r}: expected 'linf 8/255', 'l2 32/255', either with 'margin' behind it, "
+                       f"'fgsm 8/255', torchattacks:NAME or one of {', '.join(OUTSIDE)}")
     return {"norm": kind, "eps": parse_radius(rest[0]), "loss": margin if rest[1:] else cross_entropy}
 
 
@@ -1725,10 +1662,10 @@ def parse_radius(text):
     try:
         eps = float(numerator) / (float(denominator) if slash else 1)
     except (ValueError, ZeroDivisionError):
-        raise BadRadius(f"radius {text!r} is not a number: write it as 8/255 or 0.03") from None
+        raise BadInput(f"radius {text!r} is not a number: write it as 8/255 or 0.03") from None
     if not 0 < eps < 1:
         hint = f": pixels are in [0,1], so did you mean {text}/255?" if eps >= 1 and not slash else ""
-        raise BadRadius(f"radius {text} is outside (0, 1){hint}")
+        raise BadInput(f"radius {text} is outside (0, 1){hint}")
     return eps
 
 
@@ -1834,6 +1771,8 @@ def parse_args(argv):
     s.method, s.seed = list(dict.fromkeys(s.method)), s.seed or 0
     s.optimizer = s.optimizer or ("adamw" if s.model == "deit_ti" else "sgd")
     s.lr = s.lr or (0.1 if s.optimizer == "sgd" else 1e-3)
+    s.evaluation = {"attacks": s.attacks, "eval_steps": s.eval_steps, "restarts": s.restarts}
+    s.evaluation |= {"images": s.images} if s.images else {}  # two evaluations are the same if these are the same
     s.data_dir_given = s.data_dir is not None
     s.data_dir = s.data_dir or "data"
     s.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if s.device == "cuda" else s.device)
@@ -1852,6 +1791,8 @@ def parse_args(argv):
             (s.batchnorm == "synced" and not on_cuda, "--batchnorm synced needs CUDA devices"),
             (s.sync_ascent and "esam" in s.method, "--sync-ascent: each device ascends on random weights in esam"),
             (s.corruptions and not s.eval, "--corruptions needs --eval CHECKPOINT"),
+            (s.mode is run_pictures and not find_spec("matplotlib"),
+             "pictures need matplotlib: pip install matplotlib"),
             (s.json and not json_can_go(Path(s.json)), f"--json {s.json}: no place to write, or not written by --json"),
             (s.mode is run_training and not (runs.is_dir() and os.access(runs, os.W_OK)),
              f"--runs {s.runs}: cannot write there")):
@@ -1949,7 +1890,7 @@ def run_eval(s):
     record, seconds = record_of(s.eval, model, data), sum(row["seconds"] for row in state["log"])
     found = assess(model, data, s)
     if s.seed != state["settings"]["seed"]:
-        found["evaluation"] |= {"seed": s.seed}
+        found["evaluation"] = s.evaluation | {"seed": s.seed}
     rows = show_results([{"settings": state["settings"], "seconds": seconds} | found], s)
     if record and found["evaluation"] != record["evaluation"]:
         others = [e for e in evaluations(record)[1:] if e["evaluation"] != found["evaluation"]]
@@ -1973,7 +1914,7 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
-        code, message = 2, f"{first_line(error)}; try a smaller --batch-size or --width"
+        code, message = 2, "out of memory; try a smaller --batch-size or --width"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; the same command (without --fresh) goes on after the last whole epoch"
     except SystemExit as stop:  # argparse, after --help

@@ -1106,7 +1106,7 @@ def test_awp_moves_each_layer_by_gamma_times_its_norm_along_its_gradient(seed, g
     sam_at.backward(model, *batch(6, seed=seed, dtype=torch.float64))
     for w, v in zip(model.parameters(), ascended(model, gamma, sam_at.layerwise_ascent)):
         if w.ndim > 1:
-            assert math.isclose(v.norm(), gamma * w.norm(), rel_tol=1e-6)
+            assert math.isclose(v.norm().item(), gamma * w.norm().item(), rel_tol=1e-6)
             assert math.isclose((v * w.grad).sum(), v.norm() * w.grad.norm(), rel_tol=1e-6)
         else:
             assert not v.any()
@@ -1858,6 +1858,8 @@ def children_of(pid):
 
 def test_bad_input_under_torchrun_is_one_line(tiny_demo, monkeypatch):
     monkeypatch.setattr(sam_at, "world", lambda: 2)
+    monkeypatch.setattr(sam_at, "rank", lambda: 0)
+    monkeypatch.setattr(sam_at, "wait_for_first", lambda: None)
     for process, says in ("0", "sam_at.py: --batch-size 7 cannot be shared by 2 processes\n"), ("1", ""):
         monkeypatch.setenv("RANK", process)
         code, _, err = cli(*RUN)
