@@ -1536,14 +1536,15 @@ def draw_tradeoff(pyplot, s, runs):
     _, axes = pyplot.subplots(high, 2, figsize=(10, 3.5 * high), sharey=True, squeeze=False, layout="constrained")
     for axis, attack in zip(axes.flat, attacks):
         axis.set(xlabel=f"accuracy under {attack}, %", ylabel="clean accuracy, %")
-        labels = {}  # points that coincide share a label
+        labels = {}  # points that all but coincide share a label
         for label, of_label in rows.items():
             method, _, radius = label.partition(" ")
             points, (marker, size) = [(r["robust"][attack], r["clean"]) for r in of_label], markers[method]
             for some, alpha in (points[1:], 0.35), (points[:1], 1.0):
                 axis.scatter([x for x, _ in some], [y for _, y in some], marker=marker, s=size, alpha=alpha,
                              facecolors="none", edgecolors=COLOURS[method], linewidths=1.5)
-            labels.setdefault(points[0], []).append(radius.replace("rho ", ""))
+            place = next((at for at in labels if math.dist(at, points[0]) < 1), points[0])  # a point of accuracy
+            labels.setdefault(place, []).append(radius.replace("rho ", ""))
         for at, radii in labels.items():
             right = at[0] > fmean(axis.get_xlim())
             axis.annotate(textwrap.fill(", ".join(filter(None, dict.fromkeys(radii))), 40), at, fontsize=7,
