@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import platform
 import random
 import re
 import shlex
@@ -840,6 +841,18 @@ def test_only_where_triton_can_build_is_compiling_the_default(monkeypatch, tmp_p
     monkeypatch.setenv("CC", "mycc")
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     assert sam_at.can_compile()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_used_again_without_new_pages():
+    faults = [int(subprocess.check_output([sys.executable, "-c", f"""
+import resource, torch, sam_at
+{call}
+def count():
+    return [torch.ones(2 ** 23) for _ in range(2)] and resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+first = count()
+print([count() for _ in range(9)][-1] - first)"""], cwd=HERE)) for call in ("pass", "sam_at.keep_freed_memory()")]
+    assert faults[1] * 10 < faults[0]
 
 
 def test_esam_is_never_compiled():
