@@ -850,9 +850,9 @@ import resource, torch, sam_at
 {call}
 def count():
     return [torch.ones(2 ** 23) for _ in range(2)] and resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-first = count()
+first = [count() for _ in range(5)][-1]
 print([count() for _ in range(9)][-1] - first)"""], cwd=HERE)) for call in ("pass", "sam_at.keep_freed_memory()")]
-    assert faults[1] * 10 < faults[0]
+    assert faults[1] * 3 < faults[0]
 
 
 def test_esam_is_never_compiled():
