@@ -270,8 +270,8 @@ class PreActBlock(nn.Module):
 
     def forward(self, x):
         h = F.relu(self.bn1(x))
-        if self.shortcut is not None:  # sliced, not strided: the same, but strided 1x1 convolutions corrupt memory
-            x = self.shortcut(h[:, :, ::self.stride, ::self.stride])  # on some CPUs (oneDNN issue 6035)
+        if self.shortcut is not None:  # thinned out beforehand: the same, but strided 1x1 convolutions corrupt memory
+            x = self.shortcut(F.avg_pool2d(h, 1, self.stride))  # on some CPUs (oneDNN issue 6035)
         return self.conv2(F.relu(self.bn2(self.conv1(h)))) + x
 
 

@@ -577,6 +577,29 @@ def test_a_preactivation_block_is_its_formula():
     assert same.shortcut is None and same(x).equal(x)  # the identity path is untouched
 
 
+class Strays(TorchDispatchMode):
+    """Names the operations that give images or activations in another layout than channels_last."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **kwargs or {})
+        self.names += [str(operation) for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.ndim == 4
+                       and not t.is_contiguous(memory_format=torch.channels_last)]
+        return out
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 1), (4, 8, 1), (4, 8, 2)])
+def test_a_block_keeps_the_layout_that_convolutions_are_fastest_in_forward_and_backward(shape):
+    block = sam_at.PreActBlock(*shape).to(memory_format=torch.channels_last)
+    x = normal(2, 4, 8, 8, seed=0).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with Strays() as strays:
+        strays.names = []
+        block(x).backward(torch.ones_like(block(x)))
+        assert strays.names == []
+        h = x[:, :, ::2, ::2]
+        h.backward(torch.ones_like(h))
+        assert strays.names  # slicing, the obvious way to halve an image, would not keep it
+
+
 def test_make_model_refuses_an_unknown_name():
     with pytest.raises(ValueError, match="prn18"):
         sam_at.make_model("resnet", 10)
