@@ -125,7 +125,7 @@ def frozen_statistics(model):
 
 
 def cross_entropy(logits, y):
-    """The loss that an attack raises: summed, so that an image's gradient does not shrink with the batch."""
+    """The loss that an attack raises: a sum, so that an image's gradient is its own, whatever the batch."""
     return F.cross_entropy(logits, y, reduction="sum")
 
 
@@ -150,8 +150,8 @@ def pgd(model, x, y, eps, *, steps=10, step_size=None, norm="linf", loss=cross_e
     eps      radius in pixel units, for example 8/255; step_size defaults to eps/4, as in [1, 2].
     norm     "linf" or "l2".
     Returns x_adv, shape and dtype of x, in [0,1] and within eps of x. A gradient entry that is zero or not finite
-    takes no part in its step. The model is only looked at: its weights, .grad, running statistics and mode stay as
-    they were, and no weight gradient is computed.
+    takes no part in its step. The model is only looked at: its weights, .grad, mode and (unless --batchnorm always)
+    running statistics stay as they were, and no weight gradient is computed.
     Raises ValueError for an unknown norm or a negative eps or steps, TypeError for images that are not floats.
     """
     if norm not in ("linf", "l2"):
@@ -299,8 +299,8 @@ def small_cnn(num_classes, width=16):
 class Classifier(nn.Module):
     """logits = net((x - mean) / std).  The normalisation is inside, so that x, delta and eps are always in pixels.
 
-    With bf16 = True, training multiplies in bfloat16 (the weights stay float32); evaluation never does, so that no
-    attack is weakened by rounding (on CUDA, see parse_args for TF32).
+    With bf16 = True, training, AT's attack included, multiplies in bfloat16 (the weights stay float32). Evaluation
+    never does, so that rounding weakens none of its attacks (on CUDA, see parse_args for TF32).
     """
 
     def __init__(self, net, mean, std):
