@@ -8,12 +8,12 @@ Is a network whose loss is flat around its *weights* also flat around its *input
     SAM   min_w  max_{|v|_2 <= rho}      L(w + v; x, y)      the worst weights near w: one v for the batch
     AT    min_w  max_{|delta|_p <= eps}  L(w; x + delta, y)  the worst inputs near x: a delta for each image
 
-They claim that SAM alone gains robustness and keeps clean accuracy, and that AT gains more and loses some.
-Measured here (RESULTS.md, a tenth of CIFAR-10): SAM at rho 0.05 gains 2 to 4 points, AT 13 to 44 and loses 4.
+[1] and [2] claim that SAM alone gains robustness and keeps clean accuracy; AT gains more and loses some.
+Measured here (a tenth of CIFAR-10): SAM, rho 0.05, gains 2 to 4 points; AT, 1/255, 13 to 44, and loses 4.
 
     python sam_at.py                     train with SGD, SAM and AT, attack all three, print one table
     python sam_at.py --method sam        one of them
-    python sam_at.py --preset paper      the papers' CIFAR-10 recipe (wants a GPU)
+    python sam_at.py --preset paper      the papers' CIFAR-10 recipe (needs a GPU)
     python sam_at.py --help              everything else
 
 Units: pixels are in [0,1], eps and delta in the same unit (8/255, not 8), rho in the unit of the weights.
@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from torch import distributed, nn
 from torch.utils._pytree import tree_leaves
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both, see section 14
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-torch.backends.cudnn.allow_tf32 = False  # attacks need all 23 bits of a gradient
+torch.backends.cudnn.allow_tf32 = False  # evaluation needs all 23 bits of a gradient
 
 class BadInput(ValueError, argparse.ArgumentTypeError):
     """Something given cannot be used. The message is the one line that a user of the command line sees."""
@@ -61,7 +61,7 @@ def steepest(g, norm):
     if norm == "linf":
         return g.sign()
     largest = g.abs().amax(tuple(range(1, g.ndim)), keepdim=True)
-    g = g / largest.clamp_min(1e-38)  # so that the squares of tiny gradients do not underflow
+    g = g / largest.clamp_min(1e-38)  # so that squares do not underflow
     return g / l2_norm(g).clamp_min(1e-38)
 
 def project(delta, eps, norm):
@@ -76,20 +76,20 @@ def random_delta(x, eps, norm):
         return eps * (2 * torch.rand_like(x) - 1)
     return eps * torch.rand_like(l2_norm(x)) * steepest(torch.randn_like(x), "l2")
 
-cross_entropy = partial(F.cross_entropy, reduction="sum")  # so each image's gradient is its own
+cross_entropy = partial(F.cross_entropy, reduction="sum")  # no smaller in a larger batch
 
 def input_gradient(model, x, y, loss):
     """g = dL/dx, shaped like x, and the images that the model gets wrong: (N,) bool."""
     with torch.inference_mode(False), torch.enable_grad():
-        x, y = x.detach().clone().requires_grad_(), y.clone()
+        x, y = x.detach().clone().requires_grad_(), y.clone()  # no inference tensors
         logits = model(x)
         g, = torch.autograd.grad(loss(logits, y), x)
     return g, logits.detach().argmax(1) != y
 
 @contextmanager
 def restored(model):
-    """Behind the block the model's buffers, modes and requires_grad are what they were before, bit for bit:
-    BatchNorm's running statistics describe w and whole images, never w + v nor a half-made attack."""
+    """After the block the model's buffers, modes and requires_grad are what they were before, bit for bit:
+    BatchNorm's running statistics describe w and finished images, not w + v nor an attack under way."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(w, w.requires_grad) for w in model.parameters()]
@@ -97,14 +97,14 @@ def restored(model):
         yield
     finally:
         for name, buffer in model.named_buffers():
-            buffer.data.copy_(buffers[name])
+            buffer.data.copy_(buffers.get(name, buffer))
         for module, mode in modes:
             module.training = mode
         for w, wants in wanted:
             w.requires_grad_(wants)
 
 def check(x, y, look=True):
-    """Raise ValueError unless x are float pixels in [0,1] and y their labels."""
+    """Raise BadInput unless x are float pixels in [0,1] and y their labels."""
     if x.dtype not in (torch.float32, torch.float64):
         raise BadInput(f"images are {x.dtype}: expected float32 or float64 pixels in [0,1]")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
@@ -119,8 +119,8 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
     x: pixels in [0,1], (N, ...).  eps: in pixels.  norm: "linf" or "l2".  step_size: eps/4, as in [1, 2].
     stop_when_fooled: an image that the model gets wrong is left as it is, so what is right at the end was
     right at every step. Returns x_adv, shaped like x; the model and its .grad stay as they were."""
-    largest = {"linf": 1.0, "l2": math.sqrt(x[:1].numel())}
-    if norm not in largest or not 0 <= eps <= largest[norm] or steps < 0:
+    limit = {"linf": 1.0, "l2": math.sqrt(math.prod(x.shape[1:]))}
+    if norm not in limit or not 0 <= eps <= limit[norm] or steps < 0:
         raise BadInput(f"norm {norm!r}, eps {eps}, steps {steps}: expected 'linf' or 'l2', "
                          "eps in the unit of the pixels (8/255, not 8), steps >= 0")
     check(x, y, look=not (model.training and x.is_cuda))  # training does not wait for the GPU
@@ -129,7 +129,7 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
     x_adv = (x + delta).clamp(0, 1)
     left = torch.arange(len(x), device=x.device)  # the images that are still attacked
     with restored(model):
-        model.requires_grad_(False)  # else torch.compile computes weight gradients that nobody asks for
+        model.requires_grad_(False)  # or torch.compile makes weight gradients for nobody
         for _ in range(steps):
             g, fooled = input_gradient(model, x_adv[left], y[left], loss)
             if stop_when_fooled:
@@ -137,40 +137,40 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
             if not len(left):
                 break
             delta = project(x_adv[left] - x[left] + step_size * steepest(g, norm), eps, norm)
-            x_adv[left] = (x[left] + delta).clamp(0, 1)  # moves pixels towards x: delta stays in the ball
+            x_adv[left] = (x[left] + delta).clamp(0, 1)  # towards x: delta stays in the ball
     return x_adv
 
 # == 2. Weight space: SAM's ascent ========================================================================
-#    The same maximum, over the weights: L(w + v) = L(w) + <g, v> with g = dL/dw is largest at v = rho g/|g|_2.
+#    The same maximum over the weights: L(w + v) = L(w) + <g, v> with g = dL/dw is largest at v = rho g/|g|_2.
 #        AT    delta <- P(delta + step * steepest(g)),  g = dL/dx:  one norm an image, several steps
 #        SAM   v     =  rho * g/|g|_2,                  g = dL/dw:  one norm over all weights, one step
 #    'Dual' means this: one maximum, over either factor of w.x (it is not Lagrange's duality). On a linear
-#    score both maxima are exact and lower the margin: delta by eps|w| for each image; v by rho|x|, as the line
-#    tilts, more for far images. They take the same where rho|x| = eps|w|. In the first layer z = Wx of any
-#    network the attack delta does what the move V = (W delta) x^T/|x|^2 of the weights does, and a move V what
-#    the attack W^+ V x does (W of full row rank): flat in the weights is flat against those attacks. But one v
-#    serves all images, where each has its own delta (the maximum of a mean is at most the mean of the maxima),
-#    and all layers share one rho: SAM is the weaker dual.
+#    score both maxima are exact and lower the margin: delta (l2) by eps|w| for each image; v by rho|x|, as
+#    the line tilts, more for far images. They take the same amount where rho|x| = eps|w|. In a dense first
+#    layer z = Wx an attack delta does what the move V = (W delta) x^T/|x|^2 of the weights does, and a move V
+#    does what the attack W^+ V x does (W^+: the pseudoinverse, W of full row rank): for one image, flat in
+#    the weights is flat against those attacks. But one v serves all images, where each has its own delta (a
+#    maximum of means is at most the mean of maxima), and all layers share one rho: SAM is the weaker dual.
 def ascent(weights, grads, rho):
     """v = rho * g/|g|_2, one norm over all weights (Foret et al. 2021, eq. 2); where g is 0, so is v."""
-    grads = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]  # float16 would overflow
     scale = rho / nn.utils.get_total_norm(grads).clamp_min(1e-12)
     return [scale * g for g in grads]
 
 @contextmanager
 def perturbed(model, rho, ascend=ascent):
     """Run the block at w + v, where v = ascend(w, g, rho) and g is the .grad that lies on w; then restore w.
-    model: a network or an iterable of weights. Raises ValueError unless rho is finite and >= 0."""
+    model: a network or an iterable of weights. Raises BadInput unless rho is finite and >= 0."""
     if not 0 <= rho < math.inf:
         raise BadInput(f"rho is {rho}: expected a finite number >= 0")
     weights = model.parameters() if isinstance(model, nn.Module) else model
     weights = [w for w in weights if w.grad is not None]
     before = [w.data for w in weights]
-    moves = ascend(before, [w.grad for w in weights], rho) if weights else []
+    wide = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))  # float16 norms overflow
+    moves = ascend([*map(wide, before)], [wide(w.grad) for w in weights], rho) if weights else []
     try:
         for w, v in zip(weights, moves):
             w.data = (w.data + v).to(w.dtype)
-        torch.clear_autocast_cache()  # a caller's autocast keeps copies of w: not to be used at w + v
+        torch.clear_autocast_cache()  # a caller's autocast keeps copies of w
         yield
     finally:
         for w, w_before in zip(weights, before):
@@ -179,8 +179,8 @@ def perturbed(model, rho, ascend=ascent):
 
 # == 3. The three training steps ==========================================================================
 #    Each updates the weights once on one batch; they differ in where the gradient is taken. None of them
-#    differentiates through v or delta, though both depend on w. For AT that is right: the gradient of a
-#    maximum is the gradient at the maximiser (Danskin's theorem). For SAM it is an approximation.
+#    differentiates through v or delta, though both depend on w. At an exact maximiser that is right: the
+#    gradient of a maximum is the gradient there (Danskin's theorem). PGD comes near; SAM's one step less so.
 #    Each returns the loss and the logits of its first gradient, detached.
 def gradient(model, x, y):
     """Put dL/dw on the weights, in place of what lay there; return loss and logits."""
@@ -216,7 +216,7 @@ def trained_weights(optimizer):
 
 # == 4. The network =======================================================================================
 class PreActBlock(nn.Module):
-    """x + conv(relu(bn(conv(relu(bn(x)))))); where the shape changes, a 1x1 convolution stands in for x."""
+    """x + conv(relu(bn(conv(relu(bn(x)))))); for another shape, a 1x1 convolution of relu(bn(x)) for x."""
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(c_in)
@@ -229,12 +229,12 @@ class PreActBlock(nn.Module):
 
     def forward(self, x):
         h = F.relu(self.bn1(x))
-        if self.shortcut is not None:  # pooled to size: strided, it corrupts memory (oneDNN issue 6035)
+        if self.shortcut is not None:  # a strided 1x1 corrupts memory (oneDNN issue 6035)
             x = self.shortcut(F.avg_pool2d(h, 1, self.stride))
         return x + self.conv2(F.relu(self.bn2(self.conv1(h))))
 
 def preact_resnet(classes, width=64, stages=(1, 2, 4, 8), blocks=2):
-    """PreActResNet-18 (He et al. 2016): a stem, then stages of blocks, each but the first at half the size."""
+    """PreActResNet-18 (He et al. 2016): a stem, stages of blocks, each but the first at half the size."""
     layers, c_in = [nn.Conv2d(3, width, 3, padding=1, bias=False)], width
     for i, stage in enumerate(stages):
         for j in range(blocks):
@@ -260,7 +260,7 @@ class Classifier(nn.Module):
 
 # == 5. Data: uint8 images x (N, 3, 32, 32) and labels y (N,), all of them in memory ======================
 def crop_and_flip(x, pad=4):
-    """Reflect-pad each image, crop it at random to its size, mirror half of them: one gather for the batch."""
+    """Reflect-pad each image, crop it at random to its size, mirror half of them, in one gather."""
     n, _, h, w = x.shape
     down, right = torch.randint(2 * pad + 1, (2, n, 1, 1), device=x.device)
     mirrored = torch.rand(n, 1, 1, device=x.device) < 0.5
@@ -306,8 +306,8 @@ def train(model, data, step, optimizer, schedule, epochs, batch_size):
         yield row
 
 # == 7. Evaluation: accuracy on clean images and under attack =============================================
-#    An attack is a function attack(model, x, y) -> x_adv. A text such as "linf 8/255" names one.
-ATTACKS = ("linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255")  # the papers' four, each PGD-10
+#    An attack is a function attack(model, x, y) -> x_adv. A string such as "linf 8/255" names one.
+ATTACKS = ("linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255")  # each PGD-10, as in [1, 2]
 
 def radius(text):
     """"8/255" or "0.03" -> eps in pixels. Raises BadInput unless it lies in (0, 1)."""
@@ -324,7 +324,7 @@ def pgd_named(norm, steps, eps):
 KINDS = {"linf": partial(pgd_named, "linf"), "l2": partial(pgd_named, "l2")}  # by first word
 
 def parse_attack(text, steps=10):
-    """"linf 8/255" or "l2 0.5" -> attack; section 8 knows more names. Raises ValueError."""
+    """"linf 8/255" or "l2 0.5" -> attack; section 8 knows more names. Raises BadInput."""
     kind, *words = text.split() or [""]
     try:
         return KINDS[kind](steps, *words)
@@ -349,10 +349,10 @@ def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch
             logits = model(x)
             if not logits.isfinite().all():
                 raise FloatingPointError("the model's logits are not finite")
-            known = logits.argmax(1) == y
-            right["clean"] += int(known.sum())
+            is_right = logits.argmax(1) == y
+            right["clean"] += int(is_right.sum())
             for name, attack in attacks.items():
-                x_left, y_left = x[known], y[known]  # what is wrong already needs no attack
+                x_left, y_left = x[is_right], y[is_right]  # what is wrong already needs no attack
                 for _ in range(restarts if getattr(attack, "func", None) is pgd else 1):
                     if len(x_left):
                         stands = model(attack(model, x_left, y_left)).argmax(1) == y_left
@@ -411,7 +411,7 @@ def small_cnn(classes, width=16):
     """Three convolutions and a linear layer, for the demo and the tests."""
     layers = []
     for c_in, c_out in (3, width), (width, 2 * width), (2 * width, 4 * width):
-        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+        layers += [nn.Conv2d(c_in, c_out, 3, 2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * width, classes))
 
 MODELS = {
@@ -434,7 +434,7 @@ def fgsm(model, x, y, eps):
     return pgd(model, x, y, eps, steps=1, step_size=eps, random_start=False)
 
 def margin(logits, y):
-    """max_{j != y} z_j - z_y (Carlini and Wagner 2017): its gradient is there where the network is sure, too."""
+    """max_{j != y} z_j - z_y (Carlini and Wagner 2017): its gradient stays where the network is sure."""
     others = logits.scatter(1, y[:, None], -math.inf).amax(1)
     return (others - logits.gather(1, y[:, None])[:, 0]).sum()
 
@@ -455,7 +455,7 @@ def autoattack(steps, norm, eps):
     """The words of "autoattack linf 8/255" -> attack (Croce and Hein 2020)."""
     with refused("autoattack wants pip install pyautoattack"):
         from pyautoattack import AutoAttack
-    given = {"norm": norm.capitalize(), "eps": radius(eps), "seed": 0}
+    given = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": radius(eps), "seed": 0}
 
     def attack(model, x, y):
         plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
@@ -469,7 +469,7 @@ def autoattack(steps, norm, eps):
 
 KINDS |= {
     "fgsm": lambda steps, eps: partial(fgsm, eps=radius(eps)),
-    "margin": lambda steps, norm, eps: partial(pgd_named(norm, steps, eps), loss=margin),
+    "margin": lambda steps, norm, eps, pgds=dict(KINDS): partial(pgds[norm](steps, eps), loss=margin),
     "autoattack": autoattack,
     "torchattacks": outside,
 }
@@ -492,20 +492,18 @@ def doubts(model, images, labels, names, steps=10, restarts=1, seed=0):
         model.eval()
         logits, (g, _) = model(x), input_gradient(model, x, y, cross_entropy)
         zero = 100 * float((g.flatten(1) == 0).all(1).float().mean())
-        found = ["two passes disagree: the model is random"] * (not logits.allclose(model(x), atol=1e-3))
+        found = ["two passes disagree: the model is random"] * (not logits.allclose(model(x), 0, 1e-3))
         if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3:
             found.append("the outputs are probabilities, and cross-entropy wants logits")
         if zero > 1:
             found.append(f"the gradient is zero for {zero:.0f}% of the images")
         for norm, name in {name.split()[0]: name for name in names}.items():  # the largest radius of each
-            weak, grey = accuracy(name, steps, restarts), accuracy("linf 0.5")
+            weak = accuracy(name, steps, restarts)
             others = [name, f"margin {name}", f"fgsm {name.split()[1]}"][:3 if norm == "linf" else 2]
             for other, more in zip(others, (max(50, steps), steps, 1)):
                 if weak - (strong := accuracy(other, more, restarts + 1)) > 1:
                     found.append(f"{name} leaves {weak:.1f}, but {other} with {more} steps {strong:.1f}")
-            if grey > 100 * float(y.bincount().max()) / len(y):
-                found.append(f"linf 0.5, where all can be grey, leaves {grey:.1f}: masked gradients")
-    return list(dict.fromkeys(found))
+    return found
 
 # == 9. Where the data comes from =========================================================================
 @dataclass
@@ -533,11 +531,11 @@ def refused(what):
         raise BadInput(f"{what} ({(str(error) or repr(error)).splitlines()[0]})") from None
 
 def demo_data(n_train=4000, n_test=2000, classes=10, seed=0):
-    """The simplified model of section 10 as images, built to illustrate. Three features of a class, the smaller
-    the more reliable: coarse colours of rms 0.075, another class's in 6% of the images, which no delta of a few
-    /255 reaches; a tile of +-4/255, wrong in 1%, which AT's eps of 4/255 erases; a tile of +-0.75/255, never
-    wrong, which 1/255 erases. Strengths vary (0.4 to 1.6 times), so that robustness falls by degrees. SGD leans
-    on all; SAM less on what small changes of the weights upset; AT on the coarse alone, and loses 5%."""
+    """The simplified model of section 10 as images, built to illustrate. Three features, the smaller the more
+    reliable: coarse colours of rms 0.075, another class's in 6% of the images, which no delta of a few /255
+    reaches; a tile of +-4/255, wrong in 1%, which AT's eps of 4/255 erases; a tile of +-0.75/255, never
+    wrong, which 1/255 erases. Strengths vary (0.4 to 1.6 times), so that robustness falls by degrees. SGD
+    leans on all, SAM less on what small moves of the weights upset, AT on the coarse alone, and loses 5%."""
     rng = torch.Generator().manual_seed(seed)
     n = n_train + n_test
     y = torch.randint(classes, (n,), generator=rng)
@@ -579,7 +577,7 @@ def load_folder(directory):
             rows = [line.split("\t") for line in listed.read_text("utf-8").splitlines()]
             tests = [(listed.parent / "images" / row[0], train.class_to_idx[row[1]]) for row in rows]
         else:
-            name = next((name for name in ("val", "valid") if (place / name).is_dir()), "test")
+            name = next((name for name in ("test", "val", "valid") if (place / name).is_dir()), "test")
             test = ImageFolder(place / name, is_valid_file=wanted)
             if len(train.classes) < 2 or train.classes != test.classes:
                 raise ValueError(f"train has {train.classes}, {name} {test.classes}: the same, two or more")
@@ -611,10 +609,10 @@ def load_data(name, directory):
 #    small. The classifier sign(w x_1 + x_2 + .. + x_{n+1}) has one weight, its trust in the robust feature.
 #        standard   max_w A(w)                         w = ln(p/(1-p)) / (2 eta)
 #        AT         the same with eta - eps for eta    w = ln(p/(1-p)) / (2 (eta - eps))    first order in eps
-#        SAM        max_w min(A(w - rho), A(w + rho))  w = w_standard (1 + rho^2/(3n))      second order in rho
-#    A' = 0 where p phi((w + eta n)/sqrt n) = (1-p) phi((eta n - w)/sqrt n), and the logarithm of that is linear
-#    in w. AT moves each of the n features by eps against y; x_1 is out of its reach. For SAM expand
-#    A(w + rho) = A(w - rho) at w_standard: A'' (w - w_standard) + A''' rho^2/6 = 0, A'''/A'' = -2 w_standard/n.
+#        SAM        max_w min(A(w - rho), A(w + rho))  w = w_standard (1 + rho^2/(3n))    second order in rho
+#    A' = 0 where p phi((w + eta n)/sqrt n) = (1-p) phi((eta n - w)/sqrt n); its logarithm is linear in w.
+#    AT moves each of the n features by eps against y; x_1 is out of its reach. For SAM expand
+#    A(w + rho) = A(w - rho) at w_0 = w_standard: A'' (w - w_0) + A''' rho^2/6 = 0, A'''/A'' = -2 w_0/n.
 def simple_accuracy(w, p, eta, n):
     """A(w) = p Phi((w + eta n)/sqrt n) + (1-p) Phi((eta n - w)/sqrt n), w a tensor."""
     Phi, root = torch.special.ndtr, math.sqrt(n)
@@ -651,7 +649,7 @@ def trained_w(step, p, eta, n, updates=200):
 
 def theory(p=0.9, eta=0.5, n=10, rhos=(0.5, 1.0, 2.0)):
     """The weight by closed form, by a search for the maximum, and as the steps of section 3 train it: rows.
-    "sam" takes the inner maximum as it is; the gradient's ascent climbs the wrong side below w_sam."""
+    "sam" takes the inner maximum as it is; the gradient, below w_sam, climbs its wrong side."""
     A = partial(simple_accuracy, p=p, eta=eta, n=n)
 
     def worst(weights, grads, rho):
@@ -671,7 +669,7 @@ def theory(p=0.9, eta=0.5, n=10, rhos=(0.5, 1.0, 2.0)):
             for training, radius, closed, gain, step in cases]
 
 # == 11. The duality, measured: does flat around the weights go with flat around the inputs? ==============
-def sharpness(model, x, y, norm, rhos=(0.05, 0.1, 0.2, 0.4), radii=("1/255", "2/255", "4/255")):
+def sharpness(model, x, y, norm, rhos=(0.05, 0.1, 0.2), radii=("1/255", "2/255")):
     """How far the mean loss on pixels x rises at SAM's ascent of length rho, and under PGD-10 of radius eps,
     in eval mode: {"rho 0.1": nats, .., "linf 1/255": nats, ..}."""
     rises = {}
@@ -705,7 +703,6 @@ def attacked(s, step):
     return partial(at_step, eps=s.eps, norm=s.norm, steps=s.attack_steps, step=step)
 
 def setting(default, text, *choices, **options):
-    """A field of Settings: its default, its meaning, and how argparse is to read it."""
     options |= {"choices": choices} if choices else {}
     return field(default=default, metadata={"help": text, **options})
 
@@ -719,7 +716,7 @@ class Settings:
     preset: str = setting("demo", "embedded data; or the papers' recipe", "demo", "paper")
     rho: float = setting(0.2, "SAM's radius over weights; for the same effect asam wants 2")
     awp_gamma: float = setting(0.005, "awp's radius over the norm of a layer's weights")
-    eps: float = setting(None, "AT's radius over pixels, as 8/255 or 0.03", type=radius)
+    eps: float = setting(None, "AT's radius (default: demo 4/255, paper 8/255, l2 128/255)", type=radius)
     norm: str = setting("linf", "AT's norm", "linf", "l2")
     attack_steps: int = setting(5, "AT's steps, each of eps/4")
     dataset: str = setting("demo", "", "demo", "cifar10", "cifar100", "tiny-imagenet", "folder")
@@ -747,11 +744,10 @@ class Settings:
 
 def parse_args(argv=None):
     """Settings from flags over the preset. Input that makes no sense ends the program, with code 2."""
-    parser = argparse.ArgumentParser(usage="python sam_at.py [--FLAG VALUE ...]", allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="sam_at.py [--FLAG VALUE ...]", allow_abbrev=False)
     for f in fields(Settings):
-        options = {"type": f.type, "default": f.default, **f.metadata}
-        if f.type is bool:
-            options = {"action": argparse.BooleanOptionalAction, "default": f.default, "help": f.metadata["help"]}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        options = {"default": f.default, **kind, **f.metadata}
         options["help"] += "" if f.default in (None, False) else " (default: %(default)s)"
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     if parser.parse_known_args(argv)[0].preset == "paper":
@@ -767,10 +763,9 @@ def parse_args(argv=None):
         if f.type in (int, float) and value is not None and not least <= value < 1e9:
             raise BadInput(f"--{f.name.replace('_', '-')} {value} makes no sense")
     for wrong, message in (
-            (not s.runs, "--runs wants the name of a folder"),
-            (s.dataset in ("tiny-imagenet", "folder") and not s.data_dir, f"{s.dataset} wants --data-dir DIR"),
-            (s.dataset == "demo" and s.data_dir, "--data-dir wants its --dataset: folder, cifar10, ..."),
-            (s.model == "deit_ti" and (s.width or 0) % 3, "--width: deit_ti wants a multiple of 3"),
+            ("" in (s.runs, s.data_dir, s.report, s.pictures, s.json), "a name is empty"),
+            (s.dataset in ("tiny-imagenet", "folder") and not s.data_dir, "--dataset wants --data-dir DIR"),
+            (s.dataset == "demo" and s.data_dir, "--data-dir wants its --dataset"),
             (s.batch_size % WORLD, f"--batch-size: {WORLD} processes cannot share {s.batch_size}"),
             (s.json and os.path.lexists(s.json), f"--json {s.json} is there already")):
         if wrong:
@@ -791,7 +786,7 @@ def main(argv=None):
     except (BadInput, FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         code, message = 2, (str(error).splitlines() or ["out of memory"])[0]
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; the same command goes on after the last whole epoch"
+        code, message = 130, "interrupted; the same command goes on"
     if RANK == 0:
         print(f"sam_at.py: {message}", file=sys.stderr)
     return code
@@ -817,7 +812,7 @@ def perform(s):
 SHARED = ("dataset", "model", "width", "epochs", "batch_size", "lr", "bf16", "seed", "device", "compile")
 
 def sha256(thing):
-    """Checksum, bit for bit, of tensors, numbers and texts, and of dicts and lists of them."""
+    """Checksum of all tensors, numbers and texts in a dict or list of them, bit for bit."""
     digest = hashlib.sha256()
     for leaf in tree_leaves(thing):
         if isinstance(leaf, torch.Tensor):
@@ -852,13 +847,13 @@ def read_records(path):
     with refused(f"{path}: not records of this program; move it away"):
         records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         for r in records:  # all that the report makes of them
-            title_of(r), label_of(r["run"]), len(r["doubts"])
+            title_of(r), label_of(r["run"]), len(r["doubts"]), r["machine"] + r["note"]
             sum([*r["figures"].values(), r["images"], r["seconds"], r["train_accuracy"]])
     return records
 
 def build(s, classes, mean_std):
     """The network on its device, and the same for training: compiled if the settings say so."""
-    torch.manual_seed(s.seed)  # the same start and the same batches for every method
+    torch.manual_seed(s.seed)  # one start and the same batches for all
     model = make_model(s.model, classes, mean_std, s.width).to(s.device)
     model.bf16 = s.bf16
     return model, torch.compile(model, dynamic=False) if s.compile else model
@@ -878,9 +873,10 @@ def run(method, s, data):
         if record["how"] == how:
             print(f"{label}  reported from {results}; without its folder it is trained anew", flush=True)
             return record
+    with refused(f"--model {s.model} --width {s.width}: cannot be built"):
+        model, fast = build(s, len(data.classes), data.mean_std())
     folder.mkdir(parents=True, exist_ok=True)
-    results.open("a").close()  # or this line of work could not be kept
-    model, fast = build(s, len(data.classes), data.mean_std())
+    results.open("a").close()  # fails now if it cannot be written
     adamw = [partial(torch.optim.AdamW, weight_decay=0.05)] * (s.model == "deit_ti")
     optimizer, schedule = make_optimizer(model, s.lr, s.epochs, *adamw)
     rng = torch.cuda if s.device == "cuda" else torch
@@ -892,19 +888,20 @@ def run(method, s, data):
                 raise ValueError("its checksum is wrong")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            rng.set_rng_state(state["random"])
+            for place, random in zip((torch, rng), state["random"]):
+                place.set_rng_state(random)
             log = state["log"]
         print(f"{label}  goes on after epoch {len(log)}/{s.epochs}", flush=True)
     optimizer.register_step_pre_hook(average_gradients)
     for row in train(fast, data, METHODS[method][1](s), optimizer, schedule, s.epochs, s.batch_size):
         log.append(row)
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"run": this, "log": log, "random": rng.get_rng_state()}
+        state |= {"run": this, "log": log, "random": [torch.get_rng_state(), rng.get_rng_state()]}
         torch.save(state | {"sha256": sha256(state)}, buffer := io.BytesIO())
         write_whole(checkpoint, buffer.getvalue())
         left = fmean(row["seconds"] for row in log) * (s.epochs - len(log))
-        print(f"{label}  epoch {len(log)}/{s.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.1f}%  "
-              f"{row['seconds']:.1f} s, {left:.0f} s left", flush=True)
+        print(f"{label}  epoch {len(log)}/{s.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.1f}%"
+              f"  {row['seconds']:.1f} s, {left:.0f} s left", flush=True)
     torch.manual_seed(s.seed)
     x, y = spaced(how["images"], data.x_test, data.y_test)
     if s.sharpness:
@@ -919,7 +916,7 @@ def run(method, s, data):
     record = {"run": this, "how": how, "figures": figures, "doubts": found, "images": len(x),
               "seconds": sum(row["seconds"] for row in log), "train_accuracy": log[-1]["accuracy"],
               "data": data.source, "note": data.note, "machine": machine, "torch": torch.__version__,
-              "date": time.strftime("%Y-%m-%d"), "code": sha256(Path(__file__).read_text("utf-8"))[:12]}
+              "date": time.strftime("%Y-%m-%d"), "code": sha256(Path(__file__).read_bytes())[:12]}
     write_whole(results, "".join(json.dumps(r) + "\n" for r in [*records, record]).encode())
     return record
 
@@ -966,20 +963,19 @@ def benchmark(s):
 def align(rows):
     """Rows of cells as text, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    return "\n".join("  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows)
 
 def cells_of(rows):
-    """Rows that are dicts as rows of cells."""
     return [[*rows[0]]] + [[c if isinstance(c, str) else f"{c:.3f}" for c in row.values()] for row in rows]
 
 def title_of(record):
     """What records share that stand in one table, in words."""
     same = {key: record["run"][key] for key in SHARED[1:7]} | record["how"] | {"images": record["images"]}
-    return f"{record['data']}: " + ", ".join(f"{key} {same[key]}" for key in same if same[key] and key != "attacks")
+    words = [f"{key} {same[key]}" for key in same if same[key] and key != "attacks"]
+    return f"{record['data']}: {', '.join(words)}"
 
 def mean_and_error(records, keys):
-    """Mean over seeds of an accuracy, or of the mean of several, and its standard error: the larger of the
-    seeds', deviation / sqrt(seeds), and the test set's, sqrt(a (100 - a) / images)."""
+    """Mean over seeds (of the keys' mean) and its standard error, the larger of seeds' and images'."""
     values = [fmean(r["figures"][key] for key in keys) for r in records]
     a, spread = fmean(values), stdev(values) if len(values) > 1 else 0.0
     return a, max(spread / math.sqrt(len(values)), math.sqrt(a * (100 - a) / records[0]["images"]))
@@ -990,11 +986,11 @@ def gain(records, others, *keys):
     return a - b, math.hypot(error, other)
 
 def verdicts(rows):
-    """- C1, SAM alone is more robust and as accurate: some rho gains over two standard errors on SGD under every
-      attack and loses at most 0.5 clean. C5, so do the variants: the same for every ASAM and ESAM row.
+    """- C1, SAM alone is more robust and as accurate: some rho gains over two standard errors on SGD under
+      every attack and loses at most 0.5 clean. C5, so do the variants: the same for each ASAM and ESAM row.
     - C2, AT is the most robust and costs accuracy: the most robust AT gains as much on every SGD and SAM row,
       and loses over 0.5 clean against SGD.
-    - C3, SAM is gentler: the most robust SAM lies between SGD and that AT, and has more clean accuracy than it.
+    - C3, SAM is gentler: the most robust SAM lies between SGD and that AT, and has more clean accuracy.
     """
     attacks = [key for key in next(iter(rows.values()))[0]["figures"] if key != "clean"]
     sgd, sam, at, variants = ([a for a in rows if a.split()[0] in methods and "batchnorm" not in a]
@@ -1006,7 +1002,7 @@ def verdicts(rows):
 
     def facts(a, b="sgd"):
         (d, e), (clean, error) = gain(rows[a], rows[b], *attacks), gain(rows[a], rows[b], "clean")
-        return f"{a}: {d:+.1f} ± {e:.1f}, clear under {wins(a, b)} attacks, clean {clean:+.1f} ± {error:.1f}"
+        return f"{a}: {d:+.1f} ± {e:.1f}, clear under {wins(a, b)}, clean {clean:+.1f} ± {error:.1f}"
 
     found = {}
     for claim, labels, enough in ("C1", sam, any), ("C5", variants, all):
@@ -1042,15 +1038,15 @@ def show(records):
              "robust": {key: a for key, a in r["figures"].items() if key != "clean"}} for r in records]
 
 def tables_of(place, runs):
-    """The records in place/results/ and in runs/: ({title: {label: records}}, all of them as lines)."""
+    """The records in place/results/ and in runs/: ({(title, columns): {label: records}}, all as lines)."""
     files = [*Path(place, "results").glob("records.jsonl"), *sorted(Path(runs).glob("*/results.jsonl"))]
     lines = dict.fromkeys(json.dumps(record) + "\n" for path in files for record in read_records(path))
     if not lines:
-        raise BadInput(f"no records: neither in {place}/results/records.jsonl nor in {runs}")
-    order = lambda r: (title_of(r), [*METHODS].index(r["run"]["method"]), label_of(r["run"]), r["run"]["seed"])
+        raise BadInput(f"no records in {place}/results/records.jsonl nor in {runs}")
+    order = lambda r: (title_of(r), [*METHODS].index(r["run"]["method"]), label_of(r["run"]))
     tables = {}
     for r in sorted(map(json.loads, lines), key=order):
-        tables.setdefault(title_of(r), {}).setdefault(label_of(r["run"]), []).append(r)
+        tables.setdefault((title_of(r), *r["figures"]), {}).setdefault(label_of(r["run"]), []).append(r)
     return tables, lines
 
 def report(s):
@@ -1060,8 +1056,7 @@ def report(s):
     apart = 100 * max(abs(r[key] / r["closed_form"] - 1) for r in solved for key in ("numerical", "trained"))
     claims = [f"- C4: {'yes' if apart < 3 else 'no'} (all within {apart:.1f}% of the closed forms)"]
     parts = ["## The weight on the robust feature (C4)\n", block(align(cells_of(solved)))]
-    for number, (title, rows) in enumerate(tables.items(), 1):
-        keys = [*next(iter(rows.values()))[0]["figures"]]
+    for number, ((title, *keys), rows) in enumerate(tables.items(), 1):
         cells, d = [["method", "seeds", *keys, "doubts", "train s"]], 1 if "clean" in keys else 2
         for label, runs in rows.items():
             columns = [[r["figures"][key] for r in runs] for key in keys]
@@ -1076,28 +1071,29 @@ def report(s):
     head = ["# Results\n", "Written by `python sam_at.py --report .` from records; do not edit.\n"]
     parts = [*head, *sorted(claims), "\nThe rules:\n", verdicts.__doc__.replace("\n    ", "\n"), *parts]
     write_whole(Path(s.report, "results", "records.jsonl"), "".join(lines).encode())
-    write_whole(Path(s.report, "RESULTS.md"), "\n".join(parts).encode())
+    write_whole(Path(s.report, "RESULTS.md"), "\n".join(parts).encode(errors="replace"))
     print(f"{s.report}/RESULTS.md: {len(lines)} records")
     return []
 
 def pictures(s):
-    """A picture a table, a dot a run: clean accuracy against the mean under attack, or the mean rises of the loss."""
+    """A picture a table, a dot a run: clean accuracy against the mean under attack, or the loss's rises."""
     with refused("pictures want pip install matplotlib"):
         from matplotlib import pyplot
     pyplot.switch_backend("Agg")
+    tables, _ = tables_of(s.pictures, s.runs)
     Path(s.pictures, "results").mkdir(parents=True, exist_ok=True)
-    for title, rows in tables_of(s.pictures, s.runs)[0].items():
+    for (title, *keys), rows in tables.items():
         figure, axes = pyplot.subplots(figsize=(8, 5))
-        keys = [*next(iter(rows.values()))[0]["figures"]]
         up = [key for key in keys if key == "clean" or key.startswith("rho")]
         right = [key for key in keys if key not in up]
         for i, (label, runs) in enumerate(rows.items()):
             x, y = ([fmean(r["figures"][key] for key in part) for r in runs] for part in (right, up))
             axes.plot(x, y, "osv^D<>p*"[i % 9], color=f"C{i % 10}", mfc="none", label=label)
-        axes.set(xlabel=", ".join(right), ylabel=", ".join(up))
+        axes.set(xlabel="mean of " + ", ".join(right), ylabel=" and ".join(up))
         axes.set_title(title, wrap=True, fontsize=8)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.savefig(Path(s.pictures, "results", f"{sha256(title)[:6]}.png"), bbox_inches="tight", dpi=110)
+        name = f"{sha256([title, keys])[:6]}.png"
+        figure.savefig(Path(s.pictures, "results", name), bbox_inches="tight", dpi=110)
     return []
 
 if __name__ == "__main__":
