@@ -774,7 +774,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """The command line. Returns the exit code: 0; 2 after a line on what cannot be done; 130 after Ctrl-C."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")
     with suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # the terminal may lack a letter of a name
     try:
@@ -909,6 +908,7 @@ def run(method, s, data):
     else:
         figures = {}
         for attack in s.attacks:
+            torch.manual_seed(s.seed)
             figures |= evaluate(model, x, y, [attack], s.eval_steps, s.restarts)
             print(f"{label}  {attack}: {figures[attack]:.1f}% of {len(x)} images withstand it", flush=True)
         found = doubts(model, x, y, s.attacks, s.eval_steps, s.restarts, s.seed)
@@ -1040,14 +1040,14 @@ def show(records):
 def tables_of(place, runs):
     """The records in place/results/ and in runs/: ({(title, columns): {label: records}}, all as lines)."""
     files = [*Path(place, "results").glob("records.jsonl"), *sorted(Path(runs).glob("*/results.jsonl"))]
-    lines = dict.fromkeys(json.dumps(record) + "\n" for path in files for record in read_records(path))
+    lines = {repr([title_of(r), r["run"], r["how"]]): json.dumps(r) for f in files for r in read_records(f)}
     if not lines:
         raise BadInput(f"no records in {place}/results/records.jsonl nor in {runs}")
     order = lambda r: (title_of(r), [*METHODS].index(r["run"]["method"]), label_of(r["run"]))
     tables = {}
-    for r in sorted(map(json.loads, lines), key=order):
+    for r in sorted(map(json.loads, lines.values()), key=order):
         tables.setdefault((title_of(r), *r["figures"]), {}).setdefault(label_of(r["run"]), []).append(r)
-    return tables, lines
+    return tables, [*lines.values()]
 
 def report(s):
     """Write RESULTS.md, and results/records.jsonl that it came from."""
@@ -1070,7 +1070,7 @@ def report(s):
             claims += [f"- {claim}, table {number}: {text}" for claim, text in verdicts(rows).items()]
     head = ["# Results\n", "Written by `python sam_at.py --report .` from records; do not edit.\n"]
     parts = [*head, *sorted(claims), "\nThe rules:\n", verdicts.__doc__.replace("\n    ", "\n"), *parts]
-    write_whole(Path(s.report, "results", "records.jsonl"), "".join(lines).encode())
+    write_whole(Path(s.report, "results", "records.jsonl"), "\n".join([*lines, ""]).encode())
     write_whole(Path(s.report, "RESULTS.md"), "\n".join(parts).encode(errors="replace"))
     print(f"{s.report}/RESULTS.md: {len(lines)} records")
     return []

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -51,14 +51,6 @@ def tiny_net(seed=0, classes=3, dtype=torch.float32, batchnorm=True):
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4) if batchnorm else nn.Identity(),
                         nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, classes))
     return sam_at.Classifier(net, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)).to(dtype)
-
-def linear_net(w, b=0.0):
-    """Two classes with logits (0, <w, x> + b)."""
-    net = nn.Sequential(nn.Flatten(), nn.Linear(w.numel(), 2)).to(w.dtype)
-    with torch.no_grad():
-        net[1].weight.copy_(torch.stack([torch.zeros_like(w), w]))
-        net[1].bias.copy_(torch.tensor([0.0, b]))
-    return net
 
 def weights_of(model):
     return [w.detach().clone() for w in model.parameters()]
@@ -126,16 +118,6 @@ hostile = [lambda z: 0 * z, lambda z: math.nan * z, lambda z: 1e30 * z, lambda z
 modes = st.sampled_from([torch.enable_grad, torch.no_grad, torch.inference_mode])
 X, Y = batch(3)
 
-def watchful_net(seed):
-    """A network that keeps records of what it sees: statistics of two kinds and a counter."""
-    torch.manual_seed(seed)
-    norms = nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True)
-    net = nn.Sequential(*norms, nn.Flatten(), nn.Linear(192, 3))
-    net.register_buffer("calls", torch.tensor(0))
-    net.register_forward_hook(lambda *_: net.calls.add_(1) and None)
-    net(3 * batch(5, seed=seed)[0])  # statistics unlike those of the images
-    return net
-
 def all_of(model):
     """Weights, buffers, gradients, modes and requires_grad, as tensors."""
     weights = [*model.parameters()]
@@ -172,12 +154,10 @@ def test_pgd_on_a_linear_model(seed, norm, eps, d, steps, mode):
         y = torch.arange(6) % 2
         g = (1 - 2 * y.double())[:, None] * w
         unit = g.sign() if norm == "linf" else g / g.norm(dim=1, keepdim=True)
-        attack = partial(sam_at.pgd, model, y=y, eps=eps)
-        still = partial(attack, random_start=False)
+        still = partial(sam_at.pgd, model, y=y, eps=eps, random_start=False)
         far = eps * min(1, steps / 4)
         assert still(x=x, norm=norm, steps=steps).allclose(x + far * unit, atol=1e-9)
         assert still(x=x, step_size=eps / 20).allclose(x + eps / 2 * g.sign(), atol=1e-9)  # ten in linf
-        assert attack(x=x).allclose(x + eps * g.sign(), atol=1e-9)
         x = x.round()  # on the border no pixel moves the wrong way; in linf all go as far as they can
         x_adv = still(x=x, norm=norm)
         for fgsm in partial(sam_at.fgsm, eps=eps), sam_at.parse_attack(f"fgsm {eps}"):
@@ -187,12 +167,10 @@ def test_pgd_on_a_linear_model(seed, norm, eps, d, steps, mode):
 
 @given(seeds, norms)
 def test_random_starts(seed, norm):
-    x, y, deltas = torch.full((400, 3, 4, 4), 0.5), torch.arange(400) % 2, []
-    for _ in range(2):
-        torch.manual_seed(seed)
-        deltas.append(sam_at.pgd(linear(torch.ones(48)), x, y, 0.1, norm, 0) - x)
-    delta, size = deltas[0], size_of(deltas[1], norm)
-    assert delta.equal(deltas[1]) and delta.mean().abs() < 0.005 and size.max() > 0.095
+    x = torch.full((400, 3, 4, 4), 0.5)
+    delta = sam_at.pgd(tiny_net(seed), x, torch.arange(400) % 3, 0.1, norm, steps=0) - x
+    size = size_of(delta, norm)
+    assert delta.mean().abs() < 0.005 and size.max() > 0.095
     if norm == "linf":  # each pixel uniform in [-eps, eps]
         assert abs(delta.std() - 0.1 / math.sqrt(3)) < 0.002
     else:  # lengths uniform in [0, eps]
@@ -214,12 +192,14 @@ def test_pgd_leaves_the_model_alone(seed, norm, training, frozen, fail, mode):
     """Bit for bit, also when it raises. A step is one pass of that very model, for no weight gradient."""
     def look(module, args, logits):
         seen.append(any(w.requires_grad for w in model.parameters()))
+        model.calls.add_(1)
         assert logits.allclose(own, atol=1e-6)
         if fail and len(seen) == 2:
             raise KeyError
-    model, (x, y), seen = watchful_net(seed).train(training), batch(4, seed=seed), []
-    model[0].eval()  # a mode of its own
-    model[0].weight.requires_grad_(not frozen)
+    model, (x, y), seen = tiny_net(seed).train(training), batch(4, seed=seed), []
+    model.register_buffer("calls", torch.tensor(0))
+    model.net[2].eval()  # a mode of its own
+    model.net[0].weight.requires_grad_(not frozen)
     own = model(x)
     F.cross_entropy(own, y).backward()
     before = all_of(model)
@@ -232,31 +212,27 @@ def test_pgd_leaves_the_model_alone(seed, norm, training, frozen, fail, mode):
 @pytest.mark.parametrize("wrong", [
     {"norm": "l1"}, {"eps": -0.1}, {"eps": math.nan}, {"eps": 8}, {"eps": 14, "norm": "l2"}, {"steps": -1},
     {"y": Y[:, None]}, {"y": Y[:2]}, {"y": Y.int()}, {"y": F.one_hot(Y).float()},
-    {"x": X.bfloat16()}, {"x": X.half()}, {"x": (255 * X).byte()}, {"x": X * math.nan},
-    {"x": 2 * X - 1}, {"x": 255 * X}, {"x": (X - 0.45) / 0.25}, {"x": 1.2 * X}, {"x": X - 0.1}])
+    {"x": X.bfloat16()}, {"x": X.half()}, {"x": X * math.nan}, {"x": 1.2 * X}, {"x": X - 0.1}])
 def test_pgd_refuses(wrong):
     good = {"x": X, "y": Y, "eps": 0.1}
     sam_at.pgd(tiny_net(), **good | {"eps": 13.8, "norm": "l2"})  # the image's diagonal
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError):
         sam_at.pgd(tiny_net(), **good | wrong)
-    x = wrong.get("x", X.half())  # of pixels that are not in [0,1] it names the range
-    assert x.dtype != X.dtype or f"{x.min():.3g} to {x.max():.3g}" in str(error.value)
 
 @given(st.floats(0.01, 0.1))
 def test_robust_means_right_at_every_step(eps):
     """PGD climbs past the one place where the model is wrong; who meets it stays there, the others go on."""
     def score(x, w):
-        wrong = ((x - 0.5).abs() - 0.2).abs() < eps / 10
-        return (x - x.detach() + ((x > 0.5) ^ wrong) - 0.5).sum((1, 2, 3))
+        wrong = (x - 0.3).abs() < eps / 10
+        return (x - x.detach() + wrong.float() - 0.5).sum((1, 2, 3))
     k = torch.tensor([0, 1, 2, 3, 4, 5, 4.5]).view(7, 1, 1, 1)  # steps of eps/4 to that place
-    x = torch.cat([0.3 - k * eps / 4, 0.7 + k * eps / 4])
-    y = torch.arange(14) // 7
-    up = (1 - 2 * y).view(14, 1, 1, 1) * eps / 4
+    x = 0.3 - k * eps / 4
+    y = torch.zeros(7).long()
     model, last = Scored(score), partial(sam_at.pgd, eps=eps, random_start=False)
     every = partial(last, stop_when_fooled=True)
-    assert last(model, x, y).allclose(x + 4 * up)
-    assert every(model, x, y).allclose(x + k.repeat(2, 1, 1, 1).clamp(max=4) * up)
-    assert every(model, x[1:2], y[1:2]).allclose(x[1:2] + up[1:2])  # then none is left
+    assert last(model, x, y).allclose(x + eps)
+    assert every(model, x, y).allclose(x + k.clamp(max=4) * eps / 4)
+    assert every(model, x[1:2], y[1:2]).allclose(x[1:2] + eps / 4)  # then none is left
     found = sam_at.evaluate(model, x, y, {"last": last, "every": every})
     assert [round(7 * a / 100) for a in found.values()] == [6, 5, 2]
     found = sam_at.evaluate(model, x.repeat(50, 1, 1, 1), y.repeat(50), [f"linf {eps}"])
@@ -266,6 +242,7 @@ def test_the_margin_attacks_sure_logits():
     model = Scored(lambda x, w: 1e5 * (x.mean((1, 2, 3)) - 0.5))
     x, y = torch.full((4, 3, 2, 2), 0.48), torch.tensor([0, 0, 0, 0])
     attack = partial(sam_at.pgd, model, x, y, 0.05, random_start=False)
+    assert sam_at.margin(torch.tensor([[1.0, 3, 2], [9, 4, 2]]), torch.tensor([2, 0])) == 1 - 5
     assert attack().equal(x)  # softmax is exactly one, and cross-entropy's gradient zero
     assert attack(loss=sam_at.margin).allclose(x + 0.05)
     names = ["margin linf 0.05", "margin l2 0.2"]
@@ -278,20 +255,19 @@ def ascended(weights, rho, ascend=sam_at.ascent):
         assert types == [w.dtype for w in weights]
         return [w.detach().double() - b for w, b in zip(weights, before)]
 
-@given(seeds, st.floats(1e-4, 10), st.booleans(), st.booleans())
-def test_perturbed_restores_the_bits(seed, rho, fail, as_weights):
+@given(seeds, st.floats(1e-4, 10), st.booleans())
+def test_perturbed_restores_the_bits(seed, rho, fail):
     model = tiny_net(seed)
     sam_at.gradient(model, *batch(4, seed=seed))
     before, grads = all_of(model), [w.grad for w in model.parameters()]
     for wrong in -rho, math.nan, math.inf:
         with pytest.raises(ValueError), sam_at.perturbed(model, wrong):
             pass
-    with pytest.raises(KeyError) if fail else io.StringIO():
-        with sam_at.perturbed(model.parameters() if as_weights else model, rho):
-            for w, old, g in zip(model.parameters(), before, grads):
-                assert w.allclose(old + rho / length(grads) * g, rtol=1e-4, atol=1e-6)  # one norm
-            if fail:
-                raise KeyError
+    with pytest.raises(KeyError) if fail else io.StringIO(), sam_at.perturbed(model, rho):
+        for w, old, g in zip(model.parameters(), before, grads):
+            assert w.allclose(old + rho / length(grads) * g, rtol=1e-4, atol=1e-6)  # one norm
+        if fail:
+            raise KeyError
     assert same_bits(before, all_of(model))
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, f64])
@@ -332,17 +308,12 @@ def test_a_step_in_the_callers_autocast(method):
     ours, uncached, plain = twins(0, *actions, net=lambda seed: tiny_net(seed).net)
     assert same_bits(ours, uncached)
     assert same_bits(ours, plain) == (method == "sgd")
-
-@given(seeds)
-def test_a_pass_at_w_plus_v_in_autocast(seed):
-    net, (x, y) = tiny_net(seed).net, batch(4, seed=seed)
+    net, (x, y) = tiny_net().net, batch(4)
     with torch.autocast("cpu", torch.bfloat16):
         sam_at.gradient(net, x, y)
         at_w = net(x)
         with sam_at.perturbed(net, 1.0):
-            moved = net(x)
-            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-                assert net(x).equal(moved) and not at_w.equal(moved)
+            assert not net(x).equal(at_w)
         assert net(x).equal(at_w)
 
 @given(seeds, st.floats(0.001, 0.05), st.integers(2, 8))
@@ -353,15 +324,9 @@ def test_duality_on_a_linear_score(seed, eps, d):
     model = linear(w)
     drop = w @ (x - sam_at.pgd(model, x, y, eps, "l2", random_start=False))[0]
     assert drop.allclose(eps * w.norm())
-    loss, _ = sam_at.gradient(model, x, y)
-    same = float(eps * w.norm() / x.norm())
-    for rho in same, 3 * same:
-        with sam_at.perturbed(model, rho):
-            fall = (w - model.w) @ x[0]
-            tangent = loss + rho * model.w.grad.norm()  # below the loss, which is convex
-            assert F.cross_entropy(model(x), y) >= tangent - 1e-9
-        assert fall.allclose(rho * x.norm(), rtol=1e-10)
-        assert fall.allclose(drop) == (rho == same)
+    sam_at.gradient(model, x, y)
+    with sam_at.perturbed(model, float(eps * w.norm() / x.norm())):
+        assert (w - model.w).dot(x[0]).allclose(drop)
 
 @given(seeds, norms, st.floats(0.01, 0.1))
 def test_duality_in_the_first_layer(seed, norm, eps):
@@ -375,7 +340,6 @@ def test_duality_in_the_first_layer(seed, norm, eps):
     sam_at.gradient(net, x, y)
     delta = sam_at.pgd(net, x, y, eps, norm) - x
     V = (W @ delta.T @ x / x.norm() ** 2).detach()
-    assert V.norm().allclose((W @ delta.T).norm() / x.norm())
     assert at(V).allclose(net(x + delta))
     V, = ascended([W], eps)
     assert at(V).allclose(net(x + (W.pinverse() @ V @ x.T).T))
@@ -388,9 +352,8 @@ def test_sam_on_a_quadratic(seed, d, lr, rho):
     A, w = root @ root.T + torch.eye(d), normal(d, seed=seed + 1, dtype=f64)
     model = Scored(lambda x, w: (1 + w @ A @ w / 2).expm1().log()[None], w)
     step = partial(sam_at.sam_step, model, X, torch.tensor([0]), sgd(model, lr), rho)
-    loss, _ = step()
+    step()
     assert model.w.allclose(w - lr * A @ (w + rho * A @ w / (A @ w).norm()), rtol=1e-6)
-    assert math.isclose(loss, 1 + w @ A @ w / 2, rel_tol=1e-9)
     model.w.data = w.clone()
     step(lambda weights, grads, rho: [-rho * weights[0]])  # another ascent
     assert model.w.allclose(w - lr * (1 - rho) * A @ w, rtol=1e-6)
@@ -402,8 +365,7 @@ def by_hand(model, x, y, optimizer, eps, norm="linf", steps=5, step=sam_at.sgd_s
     (partial(sam_at.sam_step, rho=0.0), sam_at.sgd_step, {}),
     (partial(sam_at.esam_step, rho=0.5, beta=1.0, gamma=1.0), SAM, {}),
     (sam_at.at_step, by_hand, {"eps": 0.1}),
-    (sam_at.at_step, by_hand, {"eps": 0.3, "norm": "l2", "steps": 2}),
-    (sam_at.at_step, by_hand, {"eps": 0.1, "step": SAM})])
+    (sam_at.at_step, by_hand, {"eps": 0.3, "norm": "l2", "steps": 2, "step": SAM})])
 def test_steps_that_are_the_same(one, other, options):
     both = [several(partial(step, **options), enabled=False) for step in (one, other)]
     assert all(map(partial(torch.allclose, atol=1e-6), *twins(0, *both)))
@@ -461,14 +423,6 @@ def test_asam_and_awp_are_their_formulas(seed, rho, eta):
         assert v.allclose(t * tg * rho / length(Tg), atol=1e-9)
         assert u.allclose((w.ndim > 1) * rho * w.norm() * w.grad / w.grad.norm(), atol=1e-12)
 
-@given(seeds, st.floats(0.05, 20))
-def test_asam_is_rescaled_with_the_weights(seed, s):
-    """relu(x V s) W/s is one function for every s > 0; its gradients are g/s and h s."""
-    V, W, g, h = (normal(3, 4, seed=seed + i, dtype=f64) for i in range(4))
-    ascend = partial(sam_at.adaptive_ascent, rho=0.5, eta=0.0)
-    v, w = ascend([V, W], [g, h])
-    assert all(map(torch.allclose, ascend([s * V, W / s], [g / s, h * s]), [s * v, w / s]))
-
 @given(seeds, st.floats(0.05, 1), st.floats(0.05, 1), st.integers(1, 9), st.floats(0.01, 0.3))
 def test_esam_descends_for_those_who_suffer(seed, beta, gamma, n, rho):
     model, twin = (tiny_net(seed, batchnorm=False, dtype=f64) for _ in range(2))
@@ -493,54 +447,36 @@ def test_esam_descends_for_those_who_suffer(seed, beta, gamma, n, rho):
         assert w.allclose(b - 0.1 * t.grad, atol=1e-9)
 
 def test_esam_is_for_half_the_weights_and_images():
-    torch.manual_seed(0)
-    model, seen, climbed = tiny_net(batchnorm=False), [], 0
+    model, seen = tiny_net(batchnorm=False), []
     model.net[0].weight.requires_grad_(False)  # never climbs, and nothing fails for it
     before = weights_of(model)
-    model.register_forward_pre_hook(lambda _, args: seen.append((*args, weights_of(model))))
+    model.register_forward_pre_hook(lambda _, args: seen.append((len(*args), weights_of(model))))
     for _ in range(400):
-        seen.clear()
         sam_at.esam_step(model, *batch(4), sgd(model, 0.0), 0.01)
-        climbed += torch.tensor([not a.equal(b) for a, b in zip(before, seen[1][1])]).int()
-        assert [len(x) for x, _ in seen] == [4, 4, 2]
-    assert climbed[0] == 0 and same_bits(before, weights_of(model))
-    assert ((climbed[1:] / 400 - 13 / 24).abs() < 0.06).all()  # if none of three is drawn, one climbs
-
-@given(seeds, st.integers(2, 6))
-def test_the_margin_is_its_formula(seed, classes):
-    logits, y = normal(9, classes, seed=seed, dtype=f64), torch.arange(9) % classes
-    each = [float(sam_at.margin(z[None], label[None])) for z, label in zip(logits, y)]
-    for z, label, m in zip(logits, y, each):
-        assert m == max(v for j, v in enumerate(z) if j != label) - z[label]
-    assert math.isclose(sum(each), sam_at.margin(logits, y), abs_tol=1e-12)
+    assert [n for n, _ in seen] == 400 * [4, 4, 2]
+    climbs = [not a.equal(b) for _, weights in seen[1::3] for a, b in zip(before, weights)]
+    assert abs(sum(climbs) / 1200 - 13 / 24) < 0.04  # if none of three is drawn, one climbs
 
 @pytest.mark.parametrize("norm, name, eps", [("linf", "PGD", 8 / 255), ("l2", "APGD l2 0.3", 0.3)])
-def test_pgd_is_as_strong_as_torchattacks(norm, name, eps):
+@torch.no_grad()
+def test_torchattacks_have_their_radius_and_norm(norm, name, eps):
     pytest.importorskip("torchattacks")
-    model, x = tiny_net().eval(), pixels(200, 3, 8, 8, seed=0)
-    y = model(x).argmax(1)
-    theirs = sam_at.parse_attack(f"torchattacks {name}")
-    x_adv = theirs(model, x, y)
+    x, y = batch(50)
+    x_adv = sam_at.parse_attack(f"torchattacks {name}")(tiny_net().eval(), x, y)
     assert inside(x_adv, x, eps, norm) and not inside(x_adv, x, 0.9 * eps, norm)
-    attacks = {"ours": partial(sam_at.pgd, eps=eps, norm=norm), "theirs": theirs}
-    clean, ours, theirs = sam_at.evaluate(model, x, y, attacks).values()
-    assert abs(ours - theirs) < 6
 
 @pytest.mark.parametrize("text, missing", [
     ("torchattacks", ""), ("torchattacks Nonesuch", ""), ("torchattacks APGD linf", ""),
     ("torchattacks PGD", "torchattacks"), ("autoattack linf 8/255", "pyautoattack")])
 def test_refused_attacks_of_others(text, missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="^.*$"):  # one line
         sam_at.parse_attack(text)
-    assert len(str(error.value).splitlines()) == 1
 
 @pytest.mark.parametrize("classes, norm", [(2, "linf"), (3, "l2"), (5, "linf"), (5, "l2")])
 def test_autoattack_is_never_above_pgd(classes, norm):
     pytest.importorskip("pyautoattack")
-    torch.manual_seed(classes)
-    layers = nn.Linear(75, 16), nn.Tanh(), nn.BatchNorm1d(16), nn.Linear(16, classes)
-    model = nn.Sequential(nn.Flatten(), *layers).eval()
+    model = tiny_net(classes=classes).eval()
     x, eps = pixels(30, 3, 5, 5, seed=classes), {"linf": 0.03, "l2": 0.15}[norm]
     y = model(x).argmax(1)
     before, rng = all_of(model), torch.get_rng_state()
@@ -551,8 +487,6 @@ def test_autoattack_is_never_above_pgd(classes, norm):
     assert right[0] <= right[1] < 30
 
 # == Networks =============================================================================================
-
-NARROW = {"prn18": 4, "small": 4, "wrn28_10": 1, "deit_ti": 6}
 
 @pytest.mark.parametrize("name, parameters", [
     ("prn18", 11_172_170), ("wrn28_10", 36_479_194), ("deit_ti", 5_392_714)])
@@ -574,8 +508,6 @@ def test_prn18_halves_the_image_three_times():
 def test_a_preactivation_block_is_its_formula(c_in, c_out, stride):
     torch.manual_seed(0)
     block = sam_at.PreActBlock(c_in, c_out, stride).eval()
-    for bn in block.bn1, block.bn2:
-        bn.running_mean.uniform_(-1, 1)
     x = normal(2, c_in, 8, 8, seed=0)
     h = F.relu(block.bn1(x))
     branch = F.conv2d(h, block.conv1.weight, stride=stride, padding=1)
@@ -584,17 +516,13 @@ def test_a_preactivation_block_is_its_formula(c_in, c_out, stride):
     skip = x if plain else F.conv2d(h, block.shortcut.weight, stride=stride)
     assert torch.allclose(block(x), skip + branch, atol=1e-5)
 
-@settings(max_examples=8)
-@given(seeds, st.sampled_from(list(sam_at.MODELS)), st.integers(2, 5), st.integers(2, 12))
-def test_in_eval_mode_an_images_logits_do_not_depend_on_its_batch(seed, name, n, classes):
-    torch.manual_seed(seed)
-    model = sam_at.make_model(name, classes, width=NARROW[name]).eval()
-    x = pixels(n, 3, 32, 32, seed=seed)
+@pytest.mark.parametrize("name, width", [("prn18", 4), ("small", 4), ("wrn28_10", 1), ("deit_ti", 6)])
+def test_in_eval_mode_an_images_logits_do_not_depend_on_its_batch(name, width):
+    model = sam_at.make_model(name, 7, width=width).eval()
+    x = pixels(3, 3, 32, 32, seed=0)
     with torch.no_grad():
-        logits = model(x)
-        alone = torch.cat([model(image[None]) for image in x])
-    assert logits.shape == (n, classes) and logits.abs().sum() > 0
-    assert torch.allclose(logits, alone, atol=1e-4)
+        assert model(x).shape == (3, 7)
+        assert torch.allclose(model(x)[1:2], model(x[1:2]), atol=1e-4)
 
 @given(seeds)
 def test_normalisation_is_inside_and_bf16_for_training_alone(seed):
@@ -620,38 +548,28 @@ def test_the_papers_statistics_initial_values_and_names():
     for name, w in net.named_parameters():
         if w.ndim > 1 and w.numel() > 100:
             assert abs(w.std() - 0.02) < 0.004, name
-    assert len(net.encoder.layers) == 12
-    assert net.encoder.layers[0].self_attention.num_heads == 3
+    assert [layer.self_attention.num_heads for layer in net.encoder.layers] == [3] * 12
     with pytest.raises(ValueError, match="prn18"):
         sam_at.make_model("resnet", 10)
 
 # == Data and loop ========================================================================================
 
-@given(seeds, st.integers(1, 6), st.integers(5, 9), st.integers(5, 9), st.integers(0, 3))
-def test_crop_and_flip_makes_crops_of_the_reflected_image(seed, n, h, w, pad):
-    x = pixels(n, 3, h, w, seed=seed)
-    torch.manual_seed(seed)
-    out = sam_at.crop_and_flip(x, pad)
-    padded = F.pad(x, (pad,) * 4, mode="reflect")
-    for image, result in zip(padded, out, strict=True):  # the i-th result is a crop of the i-th image
-        crops = [image[:, i:i + h, j:j + w] for i in range(2 * pad + 1) for j in range(2 * pad + 1)]
-        assert any(result.equal(crop) or result.equal(crop.flip(2)) for crop in crops)
-
-def test_crop_and_flip_uses_every_crop_equally():
-    """162 outcomes (81 shifts, mirrored or not), 20,000 draws: chi-squared, 161 degrees of freedom, is below 240."""
+def test_crop_and_flip_takes_every_crop_of_the_reflected_image_equally():
+    """324 outcomes (2 images, 81 shifts, mirrored or not), 40,000 draws: chi-squared is below 420."""
     torch.manual_seed(0)
-    image = torch.arange(3 * 11 * 11.0).view(1, 3, 11, 11)
-    out = sam_at.crop_and_flip(image.expand(20_000, -1, -1, -1)).flatten(1)
-    _, counts = out.unique(dim=0, return_counts=True)
-    expected = 20_000 / 162
-    assert len(counts) == 162
-    assert ((counts - expected) ** 2 / expected).sum() < 240
+    x = torch.arange(2 * 3 * 11 * 12.0).view(2, 3, 11, 12)
+    out = sam_at.crop_and_flip(x.repeat(20_000, 1, 1, 1)).flatten(1)
+    found, counts = out.unique(dim=0, return_counts=True)
+    crops = F.pad(x, (4, 4, 4, 4), mode="reflect").unfold(2, 11, 1).unfold(3, 12, 1)
+    crops = crops.permute(0, 2, 3, 1, 4, 5).reshape(162, 3, 11, 12)
+    assert found.equal(torch.cat([crops, crops.flip(3)]).flatten(1).unique(dim=0))
+    assert out[0].min() < 396 <= out[1].min()  # each image in its place
+    expected = 40_000 / 324
+    assert ((counts - expected) ** 2 / expected).sum() < 420
 
-@pytest.mark.parametrize("epochs, rates", [
-    (100, [0.1] * 75 + [0.01] * 15 + [0.001] * 10), (1, [0.1]), (10, [0.1] * 8 + [0.01] + [0.001])])
-def test_the_learning_rate_of_the_papers_recipe(epochs, rates):
-    optimizer, schedule = sam_at.make_optimizer(tiny_net(), 0.1, epochs)
-    for rate in rates:
+def test_the_learning_rate_of_the_papers_recipe():
+    optimizer, schedule = sam_at.make_optimizer(tiny_net(), 0.1, 100)
+    for rate in [0.1] * 75 + [0.01] * 15 + [0.001] * 10:
         group = optimizer.param_groups[0]
         assert group["lr"] == pytest.approx(rate)
         optimizer.step()
@@ -677,8 +595,7 @@ def test_an_epoch_meets_every_image_once_and_averages_over_all(seed, n, batch_si
     row, = sam_at.train(model, data, step, *sam_at.make_optimizer(model, 0.1, 1), 1, batch_size)
     assert sorted(met) == sorted(zip((data.x / 255).flatten(1).tolist(), data.y.tolist()))
     sizes = [min(batch_size, n - i) for i in range(0, n, batch_size)]
-    assert row["epoch"] == 1
-    assert row["loss"] == pytest.approx(sum(size * size for size in sizes) / n)
+    assert row["epoch"] == 1 and row["loss"] == pytest.approx(sum(size * size for size in sizes) / n)
     assert row["accuracy"] == pytest.approx(100 * int((data.y == 0).sum()) / n)
 
 def test_images_are_shuffled_and_augmented_where_that_is_asked_for():
@@ -692,36 +609,27 @@ def test_images_are_shuffled_and_augmented_where_that_is_asked_for():
         assert kept < 4 if data.augment else kept == 8
 
 @pytest.mark.parametrize("step", [
-    sam_at.sgd_step, partial(sam_at.sam_step, rho=0.02), partial(sam_at.at_step, eps=0.002),
-    partial(sam_at.esam_step, rho=0.02)])
+    partial(sam_at.sam_step, rho=0.02), partial(sam_at.at_step, eps=0.002), partial(sam_at.esam_step, rho=0.02)])
 def test_every_method_learns_a_tiny_set_by_heart(step):
     torch.manual_seed(0)
     data = tiny_data(24)
     model = sam_at.make_model("small", 3, data.mean_std(), width=8)
     optimizer, schedule = sam_at.make_optimizer(model, 0.05, 25)
     rows = list(sam_at.train(model, data, step, optimizer, schedule, 25, 8))
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0005)
-    assert [r["epoch"] for r in rows] == list(range(1, 26))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0005) and rows[-1]["epoch"] == 25
     assert rows[-1]["accuracy"] == 100 and rows[-1]["loss"] < rows[0]["loss"] / 5
     assert sam_at.evaluate(model, data.x, data.y, ()) == {"clean": 100}
 
-def test_divergence_names_the_epoch():
-    model = tiny_net()
-    parts = sam_at.make_optimizer(model, math.inf, 3)
-    with pytest.raises(FloatingPointError, match="epoch 1"):
-        list(sam_at.train(model, tiny_data(), sam_at.sgd_step, *parts, 3, 8))
-
 # == Evaluation ===========================================================================================
 
-def told_by(score, kind=Scored):
-    """Two classes, told apart by the sign of a score of the pixels: the first where it is above 0."""
+def told_by(score, kind=Scored):  # the first of two classes where the score is above 0
     return kind(lambda x, w: -score(x.flatten(1)))
 
 def linear_task(seed, n=60):
     """A linear model, and images away from the border of [0,1] that it classifies with small margins."""
     w = normal(12, seed=seed)
     x = 0.5 + 0.05 * normal(n, 3, 2, 2, seed=seed + 1).clamp(-3, 3)
-    model = linear_net(w, b=-0.5 * float(w.sum()))
+    model = Scored(lambda x, w: (x.flatten(1) - 0.5) @ w, w)
     score = model(x)[:, 1].detach()
     y = (score + 0.1 * normal(n, seed=seed + 2) > 0).long()
     return model, x, y, score * (2 * y - 1), w
@@ -763,13 +671,12 @@ def test_evaluation_counts_the_whole_set_and_touches_nothing(seed, batch_size, t
     model.net[1].train(not training)
     x, y = batch(17, seed=seed)
     x = (x * 255).byte()
-    state = [t.clone() for t in model.state_dict().values()]
-    modes = [m.training for m in model.modules()]
+    before = [*(t.clone() for t in model.state_dict().values()), *(m.training for m in model.modules())]
     figures = sam_at.evaluate(model, x, y, ["linf 1/255"], steps=2, batch_size=batch_size)
-    assert [m.training for m in model.modules()] == modes
-    assert same_bits(state, model.state_dict().values())
-    right = (model.eval()(x / 255).argmax(1) == y).float().mean()
-    assert figures["clean"] == pytest.approx(100 * float(right))
+    after = [*model.state_dict().values(), *(m.training for m in model.modules())]
+    assert same_bits(map(torch.as_tensor, before), map(torch.as_tensor, after))
+    right = model.eval()(x / 255).argmax(1) == y
+    assert figures["clean"] == pytest.approx(100 * float(right.float().mean()))
 
 @given(st.floats(1e-9, 0.99), st.integers(1, 500), st.integers(501, 999))
 def test_radii_are_fractions_or_decimals(eps, numerator, denominator):
@@ -794,13 +701,6 @@ def test_evaluate_refuses_images_labels_and_logits_that_make_no_sense(spoil):
     with pytest.raises(FloatingPointError, match="finite"):
         sam_at.evaluate(told_by(lambda x: x.sum(1) * math.nan), *batch(3))
 
-@given(st.integers(1, 40), st.integers(1, 50))
-def test_spaced_rows_are_evenly_spaced(n, most):
-    rows, doubled = sam_at.spaced(most, torch.arange(n), 2 * torch.arange(n))
-    count = min(n, most)
-    assert rows.tolist() == [k * n // count for k in range(count)] and doubled.equal(2 * rows)
-    assert sam_at.spaced(None, torch.arange(n))[0].equal(torch.arange(n))
-
 # == Doubts about an evaluation ===========================================================================
 
 def one_step(x):
@@ -820,7 +720,6 @@ honest = lambda x: x.mean(1) - 0.45
 DOUBTS = {  # a model, and what the sentence must name
     "sound": (told_by(honest), None),
     "confident": (told_by(lambda x: 30_000 * (x.mean(1) - 0.48)), "margin linf 8/255"),
-    "no gradient": (told_by(lambda x: honest(x).sign()), "gradient is zero"),
     "slow": (told_by(lambda x: x.amax(1) - 0.49), "50 steps"),
     "masked": (told_by(one_step), "fgsm"),
     "random": (told_by(honest, Random), "random"),
@@ -855,14 +754,12 @@ def make_folder(root, classes=("cat", "dog"), n=3, size=(32, 32), part="test"):
                 save(root / folder / name / f"{i}.png", (80 * c, 60, 20 * i), size)
     return root
 
-@settings(max_examples=6)
-@given(st.sampled_from(["test", "val", "valid"]), st.integers(20, 50), st.integers(20, 50))
-def test_a_folder_is_read_class_by_class(tmp_path_factory, part, width, height):
-    root = make_folder(tmp_path_factory.mktemp("images"), size=(width, height), part=part)
+@pytest.mark.parametrize("part", ["test", "val", "valid"])
+def test_a_folder_is_read_class_by_class(part, tmp_path):
+    root = make_folder(tmp_path / "images", size=(20, 50), part=part)
     data = sam_at.load_data("folder", root)
     assert data.x.shape == (6, 3, 32, 32) and data.x.dtype == torch.uint8 and data.augment
-    assert data.classes == ["cat", "dog"]
-    assert data.y.tolist() == [0, 0, 0, 1, 1, 1] == data.y_test.tolist()
+    assert data.classes == ["cat", "dog"] and data.y.tolist() == [0, 0, 0, 1, 1, 1] == data.y_test.tolist()
     colours = [(80 * c, 60, 20 * i) for c in (0, 1) for i in range(3)]
     assert [tuple(image[:, 5, 5].tolist()) for image in data.x] == colours
     assert (data.source, data.note) == (root.name, "")
@@ -875,13 +772,11 @@ def test_images_are_read_upright_and_those_of_more_than_8_bits_refused(tmp_path)
     from PIL import Image
     picture = Image.new("RGB", (32, 32), (250, 0, 0))
     picture.paste((0, 0, 250), (0, 0, 32, 16))  # blue above, red below
-    picture.save(tmp_path / "plain.png")
     exif = picture.getexif()
     exif[0x0112] = 6  # a camera held on its side
     picture.rotate(90).save(tmp_path / "turned.png", exif=exif)
-    plain = sam_at.read_image(tmp_path / "plain.png")
-    assert plain[2, 2].min() == 250 and plain[0, 30].min() == 250
-    assert sam_at.read_image(tmp_path / "turned.png").equal(plain)
+    read = sam_at.read_image(tmp_path / "turned.png")
+    assert read[2, 2].min() == 250 == read[0, 30].min()
     for mode in "I;16", "I", "F":
         save(tmp_path / "deep.tiff", 40_000, mode=mode)
         with pytest.raises(ValueError, match="deep.tiff"):
@@ -909,18 +804,14 @@ def test_a_folder_that_cannot_be_used_is_refused_by_name(spoil, says, tmp_path):
         sam_at.load_folder(tmp_path / "images")
 
 def test_tiny_imagenet_as_it_unpacks(tmp_path):
-    colours = {"n02": (200, 10, 30), "n01": (10, 200, 30)}
-    for i, (wnid, colour) in enumerate(colours.items()):
-        for k in range(3):
-            save(tmp_path / "train" / wnid / "images" / f"{wnid}_{k}.png", colour, (64, 64))
-        save(tmp_path / "val" / "images" / f"val_{i}.png", colour, (64, 64))
     listed = tmp_path / "val" / "val_annotations.txt"
+    for i, (wnid, grey) in enumerate([("n02", 200), ("n01", 100)]):
+        save(tmp_path / "train" / wnid / "images" / f"{wnid}_0.png", grey, (64, 64), "L")
+        save(tmp_path / "val" / "images" / f"val_{i}.png", grey, (64, 64), "L")
     listed.write_text("val_0.png\tn02\t0\t0\t62\t62\nval_1.png\tn01\t0\t0\t62\t62\n")
     data = sam_at.load_data("tiny-imagenet", tmp_path)
-    assert data.y.tolist() == [0, 0, 0, 1, 1, 1] and data.y_test.tolist() == [1, 0]
-    for x, y in (data.x, data.y), (data.x_test, data.y_test):  # sorted names: n01 is class 0
-        colour = torch.tensor([colours[("n01", "n02")[c]] for c in y.tolist()])
-        assert x.float().mean((2, 3)).equal(colour.float())
+    assert data.y.tolist() == [0, 1] and data.x[:, 0, 0, 0].tolist() == [100, 200]
+    assert data.y_test.tolist() == [1, 0] and data.x_test[:, 0, 0, 0].tolist() == [200, 100]
     for wrong in "val_0.png\tn09\t0\n", "no tab\n", "val_7.png\tn01\n":
         listed.write_text(wrong)
         with pytest.raises(sam_at.BadInput):
@@ -945,8 +836,7 @@ def test_cifar_as_downloaded(name, folder, key, parts, tmp_path, monkeypatch):
         (tmp_path / folder / part).write_bytes(pickle.dumps(content))
     data = sam_at.load_data(name, tmp_path)
     assert data.x.equal(torch.cat(made[:-1])) and data.x_test.equal(made[-1])
-    assert data.y[:4].tolist() == [0, 0, 1, 2]
-    assert data.y_test.tolist() == [(len(parts) - 1) % 3, 0, 1, 2]
+    assert data.y[:4].tolist() == [0, 0, 1, 2] and data.y_test[0] == (len(parts) - 1) % 3
     assert data.classes == ["a", "b", "c"] and data.augment and data.source == name
 
 # == The simplified model =================================================================================
@@ -972,8 +862,8 @@ def test_the_accuracy_of_the_simplified_model_is_that_of_its_samples(p, eta, n, 
     robust = torch.where(torch.rand(40_000, generator=rng) < p, 1.0, -1.0)  # y = 1
     score = w * robust + eta * n + math.sqrt(n) * torch.randn(40_000, generator=rng)
     a = float(sam_at.simple_accuracy(torch.tensor(w, dtype=f64), p, eta, n))
+    assert abs(float((score > 0).float().mean()) - a) <= 0.015
     assert a == pytest.approx(accuracy(w, p, eta, n), abs=1e-12)
-    assert abs(float((score > 0).float().mean()) - a) <= 5 * math.sqrt(a * (1 - a) / 40_000) + 1e-4
 
 @settings(max_examples=60)
 @given(p=st.floats(0.6, 0.9), eta=st.floats(0.3, 0.6), n=st.integers(4, 12))
@@ -1010,15 +900,14 @@ def test_rises_are_those_of_the_ascent_and_of_pgd(seed, norm):
     x, y = batch(8, seed=seed, dtype=f64)
     before = weights_of(model)
     rises = sam_at.sharpness(model, x, y, norm, rhos=(1e-4, 0.1), radii=("0.0001", "0.05"))
-    assert list(rises) == ["rho 0.0001", "rho 0.1", f"{norm} 0.0001", f"{norm} 0.05"]
     assert model.training and same_bits(before, weights_of(model))
     loss = F.cross_entropy(model.eval()(x.requires_grad_()), y)
     loss.backward()
+    steepness = length(w.grad for w in model.parameters())
     dual = x.grad.flatten(1).abs().sum() if norm == "linf" else x.grad.flatten(1).norm(dim=1).sum()
-    assert rises["rho 0.0001"] == pytest.approx(1e-4 * length(w.grad for w in model.parameters()), rel=0.01)
+    assert rises["rho 0.0001"] == pytest.approx(1e-4 * steepness, rel=0.01)
     assert rises[f"{norm} 0.0001"] == pytest.approx(1e-4 * float(dual), rel=0.3)
-    assert rises[f"{norm} 0.05"] > 50 * rises[f"{norm} 0.0001"]
-    assert rises["rho 0.1"] > 100 * rises["rho 0.0001"]
+    assert rises["rho 0.1"] > 100 * rises["rho 0.0001"] and rises[f"{norm} 0.05"] > 50 * rises[f"{norm} 0.0001"]
 
 # == 12. Settings and the command line ========================================================
 
@@ -1067,11 +956,8 @@ def test_every_flag_arrives(seen):
     assert cli(*flags.split(), "--attacks", *attacks)[::2] == (0, "")
     (model,), (training,), evaluations = seen["make_model"], seen["train"], seen["evaluate"]
     assert each(seen["load_data"], "name", "directory") == [("folder", "pics")]
-    assert each([model], "name", "classes", "width") == [("prn18", 3, 5)]
     whole = tiny_data(200)
-    colours = whole.x.transpose(0, 1).flatten(1) / 255
-    for got, wanted in zip(model["mean_std"], (colours.mean(1), colours.std(1))):
-        assert got == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert model.items() >= {"name": "prn18", "classes": 3, "width": 5, "mean_std": whole.mean_std()}.items()
     assert each([training], "epochs", "batch_size") == [(4, 6)]
     assert training["optimizer"].defaults["lr"] == 0.03
     assert training["model"].bf16 and len(seen["compile"]) == 1
@@ -1083,18 +969,16 @@ def test_every_flag_arrives(seen):
     chosen = torch.arange(9) * 200 // 9
     for call in evaluations + seen["doubts"]:
         assert (call["steps"], call["restarts"]) == (13, 3)
-        assert call["images"].equal(whole.x_test[chosen])
-        assert call["labels"].equal(whole.y_test[chosen])
+        assert call["images"].equal(whole.x_test[chosen]) and call["labels"].equal(whole.y_test[chosen])
     assert sorted(os.listdir()) == ["elsewhere", "out.json"]
 
 def test_a_method_is_the_step_of_its_name(seen):
     sam, esam = partial(sam_at.sam_step, rho=0.2), partial(sam_at.esam_step, rho=0.2)
     asam = partial(sam, ascend=sam_at.adaptive_ascent)
-    awp = partial(sam, rho=0.005, ascend=sam_at.layerwise_ascent)
     at = partial(sam_at.at_step, eps=4 / 255)
+    awp = partial(at, step=partial(sam, rho=0.005, ascend=sam_at.layerwise_ascent))
     cli("--method", "sgd", "sam", "asam", "esam", "at", "sam+at", "awp", "--no-bf16")
-    both = [partial(at, step=sam), partial(at, step=awp)]
-    assert same_steps(seen["train"], sam_at.sgd_step, sam, asam, esam, at, *both)
+    assert same_steps(seen["train"], sam_at.sgd_step, sam, asam, esam, at, partial(at, step=sam), awp)
     assert not seen["compile"] and not any(call["model"].bf16 for call in seen["train"])
     assert {*each(seen["make_model"], "seed_then")} == {(0,)}
 
@@ -1181,21 +1065,14 @@ def records_of(runs="runs"):
     return [json.loads(line) for line in open(only_run(runs) / "results.jsonl")]
 def state_of(runs="runs"):
     return torch.load(only_run(runs) / "checkpoint.pt", weights_only=True)
-def assert_same_outcome(*runs):
-    """Bit for bit, but for the times."""
-    leaves = [torch.utils._pytree.tree_leaves(state_of(folder)) for folder in runs]
-    assert same_bits(*([t for t in part if isinstance(t, torch.Tensor)] for part in leaves))
-    one, other = ([record | {"seconds": 0} for record in records_of(folder)] for folder in runs)
-    assert one == other
 
 def finish(body, *argv, command=(sys.executable, "script.py"), **environment):
     """What a script prints that has imported sam_at, made the demo's data small, and ends well."""
     Path("script.py").write_text(f"""
 import os, random, signal, sys, time
-from functools import partial
 sys.path[:0] = {[str(Path(file).parent) for file in (sam_at.__file__, __file__)]}
 import sam_at
-sam_at.demo_data = partial(sam_at.demo_data, n_train=64, n_test=40)
+sam_at.demo_data = sam_at.partial(sam_at.demo_data, n_train=64, n_test=40)
 sam_at.doubts = lambda *_: []
 {body}""", encoding="utf-8")
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
@@ -1222,35 +1099,31 @@ for kill in range(10):
     os.wait()
 sys.exit(sam_at.main())""", *QUICK, "--method", "sam", "--epochs", 20)
     assert "goes on after epoch" in out
-    assert_same_outcome("whole", "runs")
-    assert sorted(os.listdir(only_run())) == ["checkpoint.pt", "results.jsonl"]
+    assert same_bits(*(state_of(runs)["model"].values() for runs in ("whole", "runs")))
+    assert records_of("whole")[0]["figures"] == records_of()[0]["figures"]
 
 def test_a_finished_run_is_reported_and_other_attacks_are_one_more_record(quick, monkeypatch):
     first = cli(*QUICK)[1].split("\n\n")[1]
     monkeypatch.setattr(sam_at, "gradient", None)  # no step can be made
     assert cli(*QUICK)[1].split("\n\n")[1] == first
-    kept = records_of()
     others = [["--attacks", "fgsm 0.1", "l2 0.5"], ["--eval-steps", 2], ["--restarts", 2], ["--images", 7]]
     for other in others + others:
         assert cli(*QUICK, *other)[0] == 0
-    assert records_of()[:1] == kept
     assert [*records_of()[1]["figures"]] == ["clean", "fgsm 0.1", "l2 0.5"]
     assert [r["images"] for r in records_of()] == [40, 40, 40, 40, 7]
 
 def test_a_record_holds_what_it_takes_to_repeat_the_run(quick):
     _, out, _ = cli(*QUICK, "--method", "sam", "--seed", 3, "--json", "table.json")
     record, = records_of()
-    assert record["doubts"] == ["the moon is full"] and record["doubts"][0] in out
     data, figures = sam_at.demo_data(), record["figures"]
-    assert (record["data"], record["note"]) == (data.source, data.note)
+    facts = {"doubts": ["the moon is full"], "data": data.source, "note": data.note, "images": 40,
+             "torch": torch.__version__, "seconds": sum(row["seconds"] for row in state_of()["log"])}
+    assert record == record | facts and record["machine"] and record["code"] and record["date"]
     assert record["run"]["rho"] == 0.2 and record["how"]["attacks"] == ["linf 2/255"]
-    assert record["torch"] == torch.__version__ and record["machine"] and record["code"]
-    assert time.strptime(record["date"], "%Y-%m-%d") and record["images"] == 40
-    assert record["seconds"] == sum(row["seconds"] for row in state_of()["log"])
-    assert f"accuracy {record['train_accuracy']:.1f}%" in out.split("epoch 2/2")[1]
     row = {"method": "sam", "seconds": record["seconds"], "clean": figures["clean"],
            "robust": {"linf 2/255": figures["linf 2/255"]}}
-    assert json.loads(Path("table.json").read_text()) == [row]
+    assert f"accuracy {record['train_accuracy']:.1f}%" in out.split("epoch 2/2")[1]
+    assert "the moon is full" in out and json.loads(Path("table.json").read_text()) == [row]
     model = sam_at.make_model("small", 10, width=2)
     model.load_state_dict(state_of()["model"])
     torch.manual_seed(3)
@@ -1264,33 +1137,25 @@ def refused_and_untouched(path, contents, *argv):
         assert path.read_bytes() == content and "epoch 2" not in out
 
 def test_a_broken_checkpoint_is_named_and_kept(quick):
-    def saved(state):
-        torch.save(state, buffer := io.BytesIO())
-        return buffer.getvalue()
-
     cli(*QUICK, "--seed", 1, "--runs", "other")
     cli(*QUICK)
     path, state = only_run() / "checkpoint.pt", state_of()
     (only_run() / "results.jsonl").unlink()
-    whole, other = path.read_bytes(), saved(state_of("other"))
-    contents = [b"", b"short", whole[:1000], whole[:-100], other, saved([1])]
-    contents += [saved({k: v for k, v in state.items() if k != key}) for key in state]
-    contents += [saved(state | {key: type(value)()}) for key, value in state.items()]
     bias = [*state["model"].values()][-1]
     bias.copy_(bias.nextafter(torch.tensor(9.0)))  # its last bit
-    refused_and_untouched(path, [*contents, saved(state)], *QUICK)
+    torch.save(state, "bit.pt")
+    torch.save([1], "list.pt")
+    files = [only_run("other") / "checkpoint.pt", Path("bit.pt"), Path("list.pt")]
+    refused_and_untouched(path, [b"", path.read_bytes()[:-100], *map(Path.read_bytes, files)], *QUICK)
 
 def test_broken_records_are_named_and_kept(quick):
     cli(*QUICK)
     path, (record,) = only_run() / "results.jsonl", records_of()
-    numbers = ["images", "seconds", "train_accuracy"]
-    broken = [record | {"figures": {"clean": "x"}}, record | {"doubts": None}]
-    for key in ["run", "how", "figures", "doubts", "data", *numbers]:
-        broken.append({k: v for k, v in record.items() if k != key})
-    broken += [record | {key: "text"} for key in ["run", "how", "figures", *numbers]]
-    broken = [b"{", b"1", b"[1]", b"null", b"\xe9", *(json.dumps(r).encode() for r in broken)]
-    refused_and_untouched(path, broken, *QUICK)
-    refused_and_untouched(path, broken, "--report", ".")
+    broken = [{k: v for k, v in record.items() if k != key} for key in {*record} - {"torch", "date", "code"}]
+    broken += [record | {"figures": {"clean": "x"}}, record | {"doubts": None}, record | {"images": "text"}]
+    contents = [b"{", b"[1]", b"\xe9", *(json.dumps(r).encode() for r in broken)]
+    refused_and_untouched(path, contents, *QUICK)
+    refused_and_untouched(path, contents, "--report", ".")
     assert os.listdir() == ["runs"]
 
 def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, monkeypatch):
@@ -1309,84 +1174,54 @@ def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, m
         code, _, err = cli(*QUICK)
     assert code == 130 and err.count("\n") == 1
     assert "goes on after epoch 2/2" in cli(*QUICK)[1]
-    cli(*QUICK, "--runs", "whole")
-    assert_same_outcome("runs", "whole")
 
 def test_a_terminal_without_letters_and_a_closed_one():
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
     assert "B?ume" in finish("""
 data = sam_at.demo_data()
-data.source, data.note = "Bäume → Wälder", "Not müch."
+data.source = "Bäume"
 sam_at.load_data = lambda *_: data
-sam_at.theory = lambda: [{"closed_form": 1, "numerical": 1, "trained": 1}]
-sys.exit(sam_at.main() or sam_at.main(["--report", "."]))""", *QUICK, **plain)
-    text = Path("RESULTS.md").read_text("utf-8")
-    assert "Bäume → Wälder" in text and "Not müch." in text
+sys.exit(sam_at.main())""", *QUICK, PYTHONIOENCODING="ascii")
     closed = ["bash", "-c", '"$@" >&-', "-", sys.executable, "script.py"]
-    finish("sys.exit(sam_at.main())", *QUICK, command=closed)
+    finish("sys.exit(sam_at.main())", *QUICK, "--runs", "closed", command=closed)
 
 # == 14. More than one device =================================================================
-
-def plain_model(*_, **__):
-    return tiny_net(classes=10, batchnorm=False)
 
 def test_two_processes_train_as_one_but_each_share_has_its_own_v(tiny_demo):
     port = random.SystemRandom().randint(20_000, 40_000)
     torchrun = f"-m torch.distributed.run --nproc-per-node 2 --master-port {port} script.py"
     out = finish(f"""
 import {Path(__file__).stem} as suite
-sam_at.make_model = suite.plain_model
-sys.exit(sam_at.main())""", *QUICK, "--method", "sgd", "sam", "--rho", 0.3, "--no-bf16",
+sam_at.make_model = lambda *_: suite.tiny_net(classes=10, batchnorm=False)
+sys.exit(sam_at.main())""", *QUICK, "--method", "sam", "--rho", 0.3, "--no-bf16",
                  command=[sys.executable, *torchrun.split()])
-    assert out.count("epoch 1/2") == 2  # a line a method: one of the two speaks
-    states = [torch.load(path, weights_only=True) for path in Path("runs").glob("*/*.pt")]
-    two = {state["run"]["method"]: state["model"] for state in states}
-    for method, step in ("sgd", sam_at.sgd_step), ("sam", partial(sam_at.sam_step, rho=0.3)):
-        model = plain_model()
-        optimizer = sam_at.make_optimizer(model, 0.1, 100)[0]
-        epochs = [sam_at.batches(sam_at.demo_data(), 16) for _ in range(2)]
-        for x, y in (pair for epoch in epochs for pair in epoch):
-            shares = []
-            for share in slice(0, None, 2), slice(1, None, 2):
-                step(model, x[share], y[share], sgd(model, lr=0.0))
-                shares.append([w.grad for w in model.parameters()])
-            for w, a, b in zip(model.parameters(), *shares):
-                w.grad = (a + b) / 2
-            optimizer.step()
-        for name, w in model.named_parameters():
-            assert torch.allclose(w, two[method][name], atol=1e-5), (method, name)
+    assert out.count("epoch 1/2") == 1  # one of the two speaks
+    data = sam_at.demo_data()
+    model = tiny_net(classes=10, batchnorm=False)
+    optimizer = sam_at.make_optimizer(model, 0.1, 100)[0]
+    for x, y in [*sam_at.batches(data, 16), *sam_at.batches(data, 16)]:
+        shares = []
+        for share in slice(0, None, 2), slice(1, None, 2):
+            sam_at.sam_step(model, x[share], y[share], sgd(model, lr=0.0), rho=0.3)
+            shares.append([w.grad for w in model.parameters()])
+        for w, a, b in zip(model.parameters(), *shares):
+            w.grad = (a + b) / 2
+        optimizer.step()
+    for name, w in model.named_parameters():
+        assert torch.allclose(w, state_of()["model"][name], atol=1e-5), name
 
-def test_processes_share_a_batch_equally_and_one_of_them_speaks(tiny_demo, monkeypatch):
+def test_only_the_first_process_writes_and_speaks_and_shares_are_equal(tiny_demo, monkeypatch):
+    monkeypatch.setattr(sam_at, "RANK", 1)
+    assert cli(*QUICK)[0] == 0 and not [*Path().rglob("*.pt")]
     monkeypatch.setattr(sam_at, "WORLD", 3)
-    for rank in 0, 1:
-        monkeypatch.setattr(sam_at, "RANK", rank)
-        code, _, err = cli(*QUICK)
-        assert code == 2 and ("--batch-size" in err) == (rank == 0)
-    monkeypatch.setattr(sam_at, "WORLD", 1)
-    assert cli(*QUICK)[0] == 0 and not [*Path().rglob("*.pt")]  # nor does it write
+    assert cli(*QUICK)[::2] == (2, "")
 
 # == 15. What a step costs ====================================================================
 
-def test_the_benchmark_times_a_step_of_each_method_against_sgd(monkeypatch):
-    """With a timer that counts passes through the network: SGD 1, SAM 2, AT with K attack steps K + 1."""
-    from torch.utils import benchmark
-    passes = []
-
-    def make_model(*_, **__):
-        model = tiny_net(classes=10)
-        model.register_forward_hook(lambda *_: passes.append(1))
-        return model
-
-    def timer(stmt, globals, **_):
-        passes.clear()
-        exec(stmt, globals)
-        times = sam_at.argparse.Namespace(median=len(passes) / 2)
-        return sam_at.argparse.Namespace(adaptive_autorange=lambda **_: times)
-
-    monkeypatch.setattr(sam_at, "make_model", make_model)
-    monkeypatch.setattr(benchmark, "Timer", timer)
-    flags = "--benchmark --method at sam --attack-steps 3 --batch-size 6 --json b.json"
-    out = cli(*flags.split())[1]
+def test_the_benchmark_compares_a_step_of_each_method_with_sgd(monkeypatch):
+    medians = iter([0.5, 2.0, 1.0])
+    timed = lambda timer, **_: timer.timeit(1) and sam_at.argparse.Namespace(median=next(medians))
+    monkeypatch.setattr("torch.utils.benchmark.Timer.adaptive_autorange", timed)
+    out = cli(*"--benchmark --method at sam --width 2 --batch-size 6 --json b.json".split())[1]
     costs = [("sgd", 1), ("at", 4), ("sam", 2)]
     rows = [{"method": method, "step_s": n / 2, "ratio_to_sgd": n} for method, n in costs]
     assert json.loads(Path("b.json").read_text()) == rows and os.listdir() == ["b.json"]
@@ -1407,16 +1242,15 @@ def made_up(method, clean=50.0, robust=(40.0,) * 4, keys=FOUR, run=(), how=(), *
     figures = {"clean": clean, **dict(zip(keys, robust))}
     return {"run": run, "how": how, "figures": figures, **RECORD, **more}
 
-def report_of(*records, place=".", **solved):
-    """RESULTS.md of records and those in mine/, and its tables of accuracies as rows of cells."""
-    Path(place, "results").mkdir(exist_ok=True, parents=True)
-    lines = [json.dumps(record) + "\n" for record in records]
-    Path(place, "results/records.jsonl").write_text("".join(lines))
+def report_of(*records, **solved):
+    """there/RESULTS.md of records and those in runs/, and its tables of accuracies as rows of cells."""
+    Path("there/results").mkdir(exist_ok=True, parents=True)
+    Path("there/results/records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     row = {"training": "at", "radius": 0.1, "closed_form": 2.0, "numerical": 2.001, "trained": 2.01}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sam_at, "theory", lambda: [row | solved])
-        assert cli("--report", place, "--runs", "mine")[::2] == (0, "")
-    text = Path(place, "RESULTS.md").read_text("utf-8")
+        assert cli("--report", "there")[::2] == (0, "")
+    text = Path("there/RESULTS.md").read_text("utf-8")
     tables = [block.strip().splitlines() for block in text.split("```")[3::2]]
     return text, [[[c.strip() for c in line.split("  ") if c.strip()] for line in t] for t in tables]
 
@@ -1433,19 +1267,15 @@ def test_tables_hold_mean_and_deviation_of_records_of_the_same_settings():
     assert sorted(map(len, tables)) == [2] * len(other) + [6]
     header, *rows = max(tables, key=len)
     assert header == ["method", "seeds", "clean", *FOUR, "doubts", "train s"]
-    deviations = ["52.0 ± 2.8", "43.5 ± 4.9", "40.0 ± 0.0", "40.0 ± 0.0", "40.5 ± 0.7"]
-    assert rows[0] == ["sgd", "2", *deviations, "0", "20"]
+    assert rows[0] == [
+        "sgd", "2", "52.0 ± 2.8", "43.5 ± 4.9", "40.0 ± 0.0", "40.0 ± 0.0", "40.5 ± 0.7", "0", "20"]
     assert [[row[0], row[1], row[-2]] for row in rows[1:]] == [
         ["sam rho 0.1", "1", "0"], ["sam rho 0.2", "1", "1"],
         ["at l2 128/255 steps 7", "1", "0"], ["at linf 4/255", "1", "0"]]
-    assert rows[1][2:4] == ["50.0", "40.0"]
     assert text.count("A note.") == text.count("abacus") == len(tables)
-    titles = " ".join(line for line in text.splitlines() if line.startswith("## "))
-    says = [f"{key} {value}" for key, value in runs.items()]
-    assert all(part in titles for part in [*says, "others", "eval_steps 3", "images 10000"])
+    assert "others" in text and all(f"{key} {value}" in text for key, value in runs.items())
 
-def mean_and_error(records, keys):
-    """The error is the larger of the seeds' and the test set's."""
+def mean_and_error(records, keys):  # the larger of the seeds' error and the test set's
     t = torch.tensor([[r["figures"][key] for key in keys] for r in records], dtype=f64).mean(1)
     a, seeds = float(t.mean()), float(t.std(correction=min(1, len(t) - 1)))
     return a, max(seeds / math.sqrt(len(t)), math.sqrt(a * (100 - a) / 10_000))
@@ -1488,46 +1318,33 @@ def test_claims_stand_over_the_tables_that_can_answer_them():
     rows = [made_up("sgd"), made_up("at", 45.0, [60.0] * 4), made_up("esam", 50.0, [42.0] * 4),
             made_up("sam", 50.0, [41.0] * 4)]
     rows += [made_up(method, keys=["fgsm 1/255"], images=9) for method in ("sgd", "sam", "at")]
-    for solved, c4 in ({}, True), ({"numerical": 2.07}, False), ({"trained": 1.93}, False):
-        lines = report_of(*rows, **solved)[0].splitlines()
-        claims = {line[2:4]: line for line in lines if line.startswith("- C") and " (" in line}
-        holds = {claim: ": yes" in line for claim, line in claims.items()}
-        assert holds == {"C1": False, "C2": True, "C3": True, "C4": c4, "C5": True}
-        number, = (line[3] for line in lines if line.startswith("## ") and "images 10000" in line)
-        assert all(f"table {number}:" in claims[claim] for claim in ("C1", "C2", "C3", "C5"))
-        assert ("0.5%" if c4 else "3.5%") in claims["C4"]
-        assert "+20.0 ± 0.7" in claims["C2"] and "clean -5.0 ± 0.7" in claims["C2"]
+    within, off = "yes (all within 0.5%", "no (all within 3.5%"
+    for solved, c4 in ({}, within), ({"numerical": 2.07}, off), ({"trained": 1.93}, off):
+        text, _ = report_of(*rows, **solved)
+        claims = ["C1, table 1: no", "C3, table 1: yes", f"C4: {c4}", "C5, table 1: yes",
+                  "C2, table 1: yes (at linf 4/255: +20.0 ± 0.7, clear under 4, clean -5.0 ± 0.7)"]
+        assert all(f"\n- {claim}" in text for claim in claims) and text.count(", table") == 4
 
 def test_report_and_pictures_gather_records_and_write_where_they_are_told(quick):
     pytest.importorskip("matplotlib")
-    cli(*QUICK, "--runs", "mine")
-    text, tables = report_of(made_up("sgd"), made_up("sam", 51.0), place="there")
-    kept = Path("there/results/records.jsonl").read_text()
-    records = [json.loads(line) for line in kept.splitlines()]
-    assert records == [made_up("sgd"), made_up("sam", 51.0), *records_of("mine")]
-    assert report_of(*records, place="there") == (text, tables)
-    assert Path("there/results/records.jsonl").read_text() == kept
-    assert cli("--pictures", "there", "--runs", "mine")[::2] == (0, "")
-    drawn = [p.read_bytes() for p in Path("there/results").glob("*.png")]
-    assert len(drawn) == len(tables) == 2
-    assert all(p.startswith(b"\x89PNG") and len(p) > 5000 for p in drawn)
-    assert sorted(os.listdir()) == ["mine", "there"]
+    cli(*QUICK)
+    first = report_of(made_up("sgd"), made_up("sam", 51.0))
+    records = [json.loads(line) for line in open("there/results/records.jsonl")]
+    assert records == [made_up("sgd"), made_up("sam", 51.0), *records_of()]
+    assert report_of(*records) == first
+    assert cli("--pictures", "there")[::2] == (0, "")
+    assert [p.read_bytes()[:4] for p in Path("there/results").glob("*.png")] == 2 * [b"\x89PNG"]
+    assert sorted(os.listdir()) == ["runs", "there"]
 
-shifts = st.sampled_from([-9, -1.5, -1.3, 0, 1.3, 1.5, 9])
-
-@given(shifts, shifts, st.booleans())
-def test_a_run_ends_with_what_clearly_differs_from_sgd(clean, robust, with_sgd):
+@pytest.mark.parametrize("clean, robust, says", [
+    (-1.3, 1.3, "no clear difference"), (-1.5, 1.3, "-1.5 clean"), (-1.5, 9, "-1.5 clean, +9.0 a")])
+def test_a_run_ends_with_what_clearly_differs_from_sgd(clean, robust, says, capsys):
     """10,000 images at about 50%: an error of 0.5 each, so two standard errors of a difference are 1.41."""
-    records = {"sgd": made_up("sgd", 50.0, [50.0], ["a"]),
-               "sam": made_up("sam", 50.0 + clean, [50.0 + robust], ["a"], seconds=25.0)}
-    chosen = [*["sgd"] * with_sgd, "sam"]
-    with redirect_stdout(io.StringIO()) as out:
-        sam_at.show([records[method] for method in chosen])
-    out = out.getvalue().splitlines()
-    rows = [line.split() for line in out]
-    sam = f"sam rho 0.2 {50 + clean:.1f} {50 + robust:.1f} 25.0 {'2.5' if with_sgd else '-'}"
-    clear = [f"{d:+.1f} {key}" for key, d in (("clean", clean), ("a", robust)) if abs(d) > 1.41]
-    says = "sam rho 0.2 against sgd: " + (", ".join(clear) or "no clear difference")
-    assert sam.split() in rows
-    assert (says in out) == ("sgd 50.0 50.0 10.0 1.0".split() in rows) == with_sgd
-    assert any("--method sgd sam at" in line for line in out) != with_sgd
+    sam = made_up("sam", 50.0 + clean, [50.0 + robust], ["a"], seconds=25.0)
+    sam_at.show([made_up("sgd", 50.0, [50.0], ["a"]), sam])
+    out = capsys.readouterr().out
+    assert f"\nsam rho 0.2   {50.0 + clean}  {50.0 + robust}     25.0    2.5\n" in out
+    assert f"\nsam rho 0.2 against sgd: {says}\n" in out and "to compare" not in out
+    sam_at.show([sam])
+    out = capsys.readouterr().out
+    assert " -\n" in out and "against" not in out and "--method sgd sam at" in out
