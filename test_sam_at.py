@@ -1243,13 +1243,13 @@ def made_up(method, clean=50.0, robust=(40.0,) * 4, keys=FOUR, run=(), how=(), *
     return {"run": run, "how": how, "figures": figures, **RECORD, **more}
 
 def report_of(*records, **solved):
-    """there/RESULTS.md of records and those in runs/, and its tables of accuracies as rows of cells."""
+    """there/RESULTS.md of records and those in mine/, and its tables of accuracies as rows of cells."""
     Path("there/results").mkdir(exist_ok=True, parents=True)
     Path("there/results/records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     row = {"training": "at", "radius": 0.1, "closed_form": 2.0, "numerical": 2.001, "trained": 2.01}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sam_at, "theory", lambda: [row | solved])
-        assert cli("--report", "there")[::2] == (0, "")
+        assert cli("--report", "there", "--runs", "mine")[::2] == (0, "")
     text = Path("there/RESULTS.md").read_text("utf-8")
     tables = [block.strip().splitlines() for block in text.split("```")[3::2]]
     return text, [[[c.strip() for c in line.split("  ") if c.strip()] for line in t] for t in tables]
@@ -1327,14 +1327,14 @@ def test_claims_stand_over_the_tables_that_can_answer_them():
 
 def test_report_and_pictures_gather_records_and_write_where_they_are_told(quick):
     pytest.importorskip("matplotlib")
-    cli(*QUICK)
+    cli(*QUICK, "--runs", "mine")
     first = report_of(made_up("sgd"), made_up("sam", 51.0))
     records = [json.loads(line) for line in open("there/results/records.jsonl")]
-    assert records == [made_up("sgd"), made_up("sam", 51.0), *records_of()]
+    assert records == [made_up("sgd"), made_up("sam", 51.0), *records_of("mine")]
     assert report_of(*records) == first
-    assert cli("--pictures", "there")[::2] == (0, "")
+    assert cli("--pictures", "there", "--runs", "mine")[::2] == (0, "")
     assert [p.read_bytes()[:4] for p in Path("there/results").glob("*.png")] == 2 * [b"\x89PNG"]
-    assert sorted(os.listdir()) == ["runs", "there"]
+    assert sorted(os.listdir()) == ["mine", "there"]
 
 @pytest.mark.parametrize("clean, robust, says", [
     (-1.3, 1.3, "no clear difference"), (-1.5, 1.3, "-1.5 clean"), (-1.5, 9, "-1.5 clean, +9.0 a")])
