@@ -198,7 +198,8 @@ def test_pgd_leaves_the_model_alone(seed, norm, training, frozen, fail, mode):
             raise KeyError
     model, (x, y), seen = tiny_net(seed).train(training), batch(4, seed=seed), []
     model.register_buffer("calls", torch.tensor(0))
-    model.net[2].eval()  # a mode of its own
+    model.net.insert(2, nn.InstanceNorm2d(4, momentum=0.9, track_running_stats=True))
+    model.net[2].eval()  # a mode of its own, and statistics that are not the images'
     model.net[0].weight.requires_grad_(not frozen)
     own = model(x)
     F.cross_entropy(own, y).backward()
@@ -216,8 +217,10 @@ def test_pgd_leaves_the_model_alone(seed, norm, training, frozen, fail, mode):
 def test_pgd_refuses(wrong):
     good = {"x": X, "y": Y, "eps": 0.1}
     sam_at.pgd(tiny_net(), **good | {"eps": 13.8, "norm": "l2"})  # the image's diagonal
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as error:
         sam_at.pgd(tiny_net(), **good | wrong)
+    if (x := wrong.get("x", X.half())).dtype == X.dtype:  # it names the range of the pixels
+        assert f"{x.min():.3g} to {x.max():.3g}" in str(error.value)
 
 @given(st.floats(0.01, 0.1))
 def test_robust_means_right_at_every_step(eps):
@@ -324,9 +327,12 @@ def test_duality_on_a_linear_score(seed, eps, d):
     model = linear(w)
     drop = w @ (x - sam_at.pgd(model, x, y, eps, "l2", random_start=False))[0]
     assert drop.allclose(eps * w.norm())
-    sam_at.gradient(model, x, y)
-    with sam_at.perturbed(model, float(eps * w.norm() / x.norm())):
+    loss, _ = sam_at.gradient(model, x, y)
+    rho = float(eps * w.norm() / x.norm())
+    with sam_at.perturbed(model, rho):
         assert (w - model.w).dot(x[0]).allclose(drop)
+        tangent = loss + rho * model.w.grad.norm()  # the loss is convex: it lies above
+        assert F.cross_entropy(model(x), y) >= tangent - 1e-9
 
 @given(seeds, norms, st.floats(0.01, 0.1))
 def test_duality_in_the_first_layer(seed, norm, eps):
@@ -487,7 +493,6 @@ def test_autoattack_is_never_above_pgd(classes, norm):
     assert right[0] <= right[1] < 30
 
 # == Networks =============================================================================================
-
 @pytest.mark.parametrize("name, parameters", [
     ("prn18", 11_172_170), ("wrn28_10", 36_479_194), ("deit_ti", 5_392_714)])
 def test_the_networks_have_their_papers_size(name, parameters):
@@ -564,8 +569,7 @@ def test_crop_and_flip_takes_every_crop_of_the_reflected_image_equally():
     crops = crops.permute(0, 2, 3, 1, 4, 5).reshape(162, 3, 11, 12)
     assert found.equal(torch.cat([crops, crops.flip(3)]).flatten(1).unique(dim=0))
     assert out[0].min() < 396 <= out[1].min()  # each image in its place
-    expected = 40_000 / 324
-    assert ((counts - expected) ** 2 / expected).sum() < 420
+    assert ((counts - 40_000 / 324) ** 2).sum() < 420 * 40_000 / 324
 
 def test_the_learning_rate_of_the_papers_recipe():
     optimizer, schedule = sam_at.make_optimizer(tiny_net(), 0.1, 100)
@@ -685,12 +689,8 @@ def test_radii_are_fractions_or_decimals(eps, numerator, denominator):
     attack = sam_at.parse_attack(f"margin l2 {eps!r}", steps=numerator).keywords
     assert attack | {"eps": eps, "norm": "l2", "steps": numerator, "loss": sam_at.margin} == attack
     assert sam_at.parse_attack(f"fgsm {eps!r}").func is sam_at.fgsm
-
-@pytest.mark.parametrize("wrong", ["linf", "linf 8", "fgsm 8", "l1 0.1", "linf 0", "linf -1/255", "linf 1/0", "",
-                                   "linf 1/255 2/255", "margin 1/255", "margin l3 1/255", "linf nan", "linf x"])
-def test_attack_names_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError):
-        sam_at.evaluate(tiny_net(), *batch(3), [wrong])
+        sam_at.parse_attack("margin l3 1/255")
 
 @pytest.mark.parametrize("spoil", [
     lambda x, y: (x, y[:, None]), lambda x, y: (x, y[:-1]), lambda x, y: (x, y.float()), lambda x, y: (x[0], y[:3]),
@@ -1032,7 +1032,7 @@ def test_what_decides_the_weights_and_nothing_else_makes_another_run(seen, monke
         assert runs_after("--method", "sgd") == runs + n
 
 BAD = """eps 8 > radius '8'; eps 0 > eps; eps x > eps; eps 8/0 > eps; eps nan > eps; eps 1 > eps
-    eps -0.1 > eps; attacks l7_1/255 > l7 1/255; attacks linf_8 > '8'; attacks linf > 'linf'
+    eps -0.1 > eps; attacks l7_1/255 > l7 1/255; attacks linf_8 > '8'; attacks linf > 'linf'; attacks linf_0.1_0.2 > 0.2
     attacks > attacks; method sma > sma; model vgg > vgg; norm l1 > l1; roh 1 > roh; epoch 1 > epoch
     epochs 1 stray > stray; rho -0.1 > rho; rho nan > rho; rho inf > rho; rho big > rho; lr 0 > lr
     lr nan > lr; awp-gamma -1 > awp-gamma; epochs 0 > epochs; epochs 1000000000000000 > epochs
