@@ -111,7 +111,7 @@ def check(x, y, look=True):
         raise BadInput(f"labels are {y.dtype}, {[*y.shape]}: expected int64, {[len(x)]}")
     if look and len(x) and not (x.min() >= -1e-6 and x.max() <= 1 + 1e-6):
         raise BadInput(f"pixels reach from {x.min():.3g} to {x.max():.3g}, not from 0 to 1: "
-                         "scale them, and normalise inside the model, as Classifier does")
+                         "scale them, and normalise inside the model")
 
 def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=True,
         loss=cross_entropy, stop_when_fooled=False):
@@ -191,6 +191,9 @@ def gradient(model, x, y):
     loss.backward()
     return loss.detach(), logits.detach()
 
+def trained_weights(optimizer):
+    return [w for group in optimizer.param_groups for w in group["params"]]
+
 def sgd_step(model, x, y, optimizer):
     """Standard training: the gradient at (w, x).  1 gradient a step."""
     loss, logits = gradient(model, x, y)
@@ -210,9 +213,6 @@ def at_step(model, x, y, optimizer, eps, norm="linf", steps=5, step=sgd_step):
     With step = partial(sam_step, rho=rho) the two combine: the gradient at (w + v, x + delta)."""
     x_adv = pgd(model, x, y, eps, norm, steps)
     return step(model, x_adv, y, optimizer)
-
-def trained_weights(optimizer):
-    return [w for group in optimizer.param_groups for w in group["params"]]
 
 # == 4. The network =======================================================================================
 class PreActBlock(nn.Module):
@@ -945,7 +945,7 @@ def average_gradients(optimizer, *_):
 def benchmark(s):
     """Time a step of each method on random pixels, SGD's first; print and return the rows."""
     from torch.utils.benchmark import Timer
-    x = torch.rand(s.batch_size, 3, 32, 32, device=s.device)
+    x = torch.rand(s.batch_size, 32, 32, 3, device=s.device).permute(0, 3, 1, 2)  # as batches() makes them
     y = torch.arange(s.batch_size, device=s.device) % 10
     wait, rows = torch.get_device_module(s.device).synchronize, []
     for method in dict.fromkeys(["sgd", *s.method]):
