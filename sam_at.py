@@ -507,7 +507,7 @@ def refused(what):
     except Exception as error:  # libraries raise a dozen classes for broken files
         raise BadInput(f"{what} ({(str(error) or repr(error)).splitlines()[0]})") from None
 
-def demo_data(n_train=4000, n_test=2000, classes=10, seed=0):
+def demo_data(n_train=4000, n_test=1000, classes=10, seed=0):
     """The simplified model of section 10 as images, built to illustrate. Three features, the smaller the more
     reliable: coarse colours of rms 0.075, another class's in 6% of the images, which no delta of a few /255
     reaches; a tile of +-4/255, wrong in 1.5%, which AT's eps of 4/255 erases; a tile of +-0.75/255, never
@@ -690,7 +690,7 @@ class Settings:
     """All that can be said on the command line. --preset paper changes some defaults."""
     method: str = setting(("sgd", "sam", "at"), "what to train", *METHODS, nargs="+")
     preset: str = setting("demo", "embedded data; or the papers' recipe", "demo", "paper")
-    rho: float = setting(0.2, "SAM's radius over weights; for the same effect asam wants 2")
+    rho: float = setting(0.15, "SAM's radius over weights; asam wants ten times as much")
     awp_gamma: float = setting(0.005, "awp's radius over the norm of a layer's weights")
     eps: float = setting(None, "AT's radius (default: demo 4/255, paper 8/255, l2 128/255)", type=radius)
     norm: str = setting("linf", "AT's norm", "linf", "l2")
@@ -727,7 +727,7 @@ def parse_args(argv=None):
         options["help"] += "" if f.default in (None, False) else " (default: %(default)s)"
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     if parser.parse_known_args(argv)[0].preset == "paper":
-        parser.set_defaults(dataset="cifar10", model="prn18", epochs=100, compile=CUDA)
+        parser.set_defaults(dataset="cifar10", model="prn18", epochs=100, rho=0.2, compile=CUDA)
     s = Settings(**vars(parser.parse_args(argv)))
     s.method, s.attacks = [*dict.fromkeys(s.method)], [*dict.fromkeys(s.attacks)]
     s.eps = s.eps or (128 if s.norm == "l2" else 8 if s.preset == "paper" else 4) / 255
