@@ -355,7 +355,8 @@ def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch
                 x_left, y_left = x[is_right], y[is_right]  # what is wrong already needs no attack
                 for _ in range(restarts if getattr(attack, "func", None) is pgd else 1):
                     if len(x_left):
-                        stands = model(attack(model, x_left, y_left)).argmax(1) == y_left
+                        x_adv = torch.enable_grad()(attack)(model, x_left, y_left)
+                        stands = model(x_adv).argmax(1) == y_left
                         x_left, y_left = x_left[stands], y_left[stands]
                 right[name] += len(x_left)
     return {name: 100 * count / len(images) for name, count in right.items()}
@@ -782,8 +783,7 @@ def perform(s):
     tensors = {key: t.to(s.device) for key, t in vars(data).items() if isinstance(t, torch.Tensor)}
     return show([run(method, s, replace(data, **tensors)) for method in s.method])
 
-# == 13. Runs =============================================================================================
-#    A run is a folder: checkpoint.pt, replaced after each epoch, and results.jsonl, a line a measurement.
+# == 13. Runs: a folder each, with checkpoint.pt, replaced after each epoch, and results.jsonl =============
 SHARED = ("dataset", "model", "width", "epochs", "batch_size", "lr", "bf16", "seed", "device", "compile")
 
 def sha256(thing):
