@@ -707,6 +707,7 @@ DOUBTS = {  # a model, and what the sentence must name
     "confident": (told_by(lambda x: 30_000 * (x.mean(1) - 0.48)), "margin linf 8/255"),
     "slow": (told_by(lambda x: x.amax(1) - 0.49), "50 steps"),
     "masked": (told_by(one_step), "fgsm"),
+    "flat": (told_by(lambda x: honest(x).sign() + 0 * x.sum(1)), "zero for 100%"),
     "random": (told_by(honest, Random), "random"),
     "probabilities": (told_by(honest, Softmax), "probabilities"),
 }
@@ -1092,7 +1093,9 @@ sys.exit(sam_at.main())""", *QUICK, "--method", "sam", "--epochs", 40)
 def test_a_finished_run_is_reported_and_other_attacks_are_one_more_record(quick, monkeypatch):
     first = cli(*QUICK)[1].split("\n\n")[1]
     monkeypatch.setattr(sam_at, "gradient", None)  # no step can be made
-    assert cli(*QUICK)[1].split("\n\n")[1] == first
+    with monkeypatch.context() as patch:
+        patch.setattr(sam_at, "write_whole", None)  # a folder that can only be read
+        assert cli(*QUICK)[1].split("\n\n")[1] == first
     others = [["--attacks", "fgsm 0.1", "l2 0.5"], ["--eval-steps", 2], ["--restarts", 2], ["--images", 7]]
     for other in others + others:
         assert cli(*QUICK, *other)[0] == 0
