@@ -348,7 +348,7 @@ def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch
             check(x, y)
             logits = model(x)
             if not logits.isfinite().all():
-                raise FloatingPointError("the model's logits are not finite")
+                raise FloatingPointError("logits are not finite")
             is_right = logits.argmax(1) == y
             right["clean"] += int(is_right.sum())
             for name, attack in attacks.items():
@@ -575,7 +575,7 @@ def load_data(name, directory):
         return load_folder(directory) if name != "demo" else demo_data()
     from torchvision import datasets
     tensors = []
-    with refused(f"{name} is not in {directory} and cannot be downloaded; try --preset demo"):
+    with refused(f"{name} is not in {directory} and cannot be downloaded; --preset demo can"):
         for train in True, False:
             part = getattr(datasets, name.upper())(directory, train, download=True)
             x = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
@@ -937,11 +937,11 @@ def benchmark(s):
 
 # == 16. What came of it: tables, verdicts, pictures ======================================================
 CLAIMS = {  # of [1] and [2], and when they hold here
-    "C1": "SAM alone makes more robust, for free: a rho gains on SGD and loses at most 0.5 clean",
+    "C1": "SAM alone makes more robust, for free: some rho gains on SGD and loses at most 0.5 clean",
     "C2": "AT makes most robust, at a price: the best gains on SGD and all SAM, loses over 0.5 clean",
-    "C3": "SAM is gentler: the most robust is between SGD and the best AT, and more accurate than it",
-    "C4": "A simplified model shows why: closed form, search and training agree within 3%",
-    "C5": "SAM's variants do as SAM does: every row of ASAM and ESAM fulfils C1",
+    "C3": "SAM is gentler: the best SAM is, on average, between SGD and the best AT, and loses less",
+    "C4": "A simplified model shows why: formula, search and training agree within 3%",
+    "C5": "Its variants do the same: every row of ASAM and ESAM fulfils C1",
     "C6": "SAM is cheap: it takes fewer gradients a step than AT",
 }
 
@@ -984,7 +984,8 @@ def verdicts(rows):
         text = "yes" if holds else "no"
         for a in labels:
             (d, e), (clean, error) = gain(rows[a], rows["sgd"], *keys), gain(rows[a], rows["sgd"], "clean")
-            text += f"; {a} {d:+.1f} ± {e:.1f}, clear under {wins(a)}, clean {clean:+.1f} ± {error:.1f}"
+            text += f"; {a} {d:+.1f} ± {e:.1f}, clear under {wins(a)}/{len(keys)}"
+            text += f", clean {clean:+.1f} ± {error:.1f}"
         return text
 
     found, sam, at, variants = {}, of("sam"), of("at"), of("asam", "esam")
@@ -1053,9 +1054,8 @@ def report(s):
     solved, block = theory(), "```\n{}\n```\n".format
     apart = [r[key] / r["closed_form"] - 1 for r in solved for key in ("numerical", "trained")]
     apart = 100 * max(map(abs, apart))
-    found, parts = {claim: [] for claim in CLAIMS}, []
+    found, parts = {claim: [] for claim in CLAIMS} | {"C6": ["yes; 2, AT 6"]}, []
     found["C4"] = [f"{'yes' if apart < 3 else 'no'}; within {apart:.1f}%"]
-    found["C6"] = ["yes; 2, AT 6 (see `--benchmark`)"]
     for number, ((title, _, *keys), rows) in enumerate(tables.items(), 1):
         every = [r for runs in rows.values() for r in runs]
         machines = ", ".join(sorted({r["machine"] for r in every}))
@@ -1065,15 +1065,15 @@ def report(s):
         if keys == ["clean", *ATTACKS]:
             for claim, text in verdicts(rows).items():
                 found[claim].append(f"table {number}: {text}")
-    head = ["# Results\n", "Written by `python sam_at.py --report .` from records; do not edit.\n",
-            "| claim, and when it holds | does it? |\n|---|---|"]
+    head = ["# Results\n", "Written by `--report .`. To repeat a row, add its radius, `--method`,",
+            "`--seed`, `--data-dir` to the table's flags.\n", "| claim | does it hold? |\n|---|---|"]
     head += [f"| {c}. {CLAIMS[c]}. | {'<br>'.join(found[c]) or 'open'} |" for c in CLAIMS]
-    head += ["\nTo gain: by over two standard errors, of seeds or images, under every attack. Stronger:",
-             "what more steps, the margin loss or FGSM took off the largest radius.\n"]
+    head += ["\nTo gain: by over two standard errors (clear) under every attack. Several numbers: seeds that",
+             "disagree. Stronger: what more steps, margin or FGSM took off, of 200 images.\n"]
     parts += ["## The weight on the robust feature (C4)\n", block(align(solved))]
     write_whole(Path(s.report, "results", "records.jsonl"), "\n".join([*lines, ""]).encode())
     write_whole(Path(s.report, "RESULTS.md"), "\n".join([*head, *parts]).encode(errors="replace"))
-    print(f"{s.report}/RESULTS.md: {len(lines)} records")
+    print(f"RESULTS.md: {len(lines)} records")
     return []
 
 def pictures(s):

@@ -16,7 +16,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the specification is of the CPU's bit
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
 from torch import nn
 
 import sam_at
@@ -97,7 +97,6 @@ def tiny_data(n=24, classes=3, seed=0, size=32):
 
 @pytest.fixture
 def tiny_demo(monkeypatch):
-    """The demo's data, in small."""
     monkeypatch.setattr(sam_at, "demo_data", partial(sam_at.demo_data, n_train=64, n_test=40))
 
 # == Input space =======================================================================================
@@ -704,7 +703,7 @@ class Softmax(Scored):
 honest = lambda x: x.mean(1) - 0.45
 DOUBTS = {  # a model, and what the sentence must name
     "sound": (told_by(honest), None),
-    "confident": (told_by(lambda x: 30_000 * (x.mean(1) - 0.48)), "margin linf 8/255"),
+    "confident": (told_by(lambda x: 30_000 * (x.mean(1) - 0.48)), "margin linf 8/255 with 10 steps takes another 70.0"),
     "slow": (told_by(lambda x: x.amax(1) - 0.49), "50 steps"),
     "masked": (told_by(one_step), "fgsm"),
     "flat": (told_by(lambda x: honest(x).sign() + 0 * x.sum(1)), "zero for 100%"),
@@ -715,15 +714,16 @@ DOUBTS = {  # a model, and what the sentence must name
 @pytest.mark.parametrize("model, says", DOUBTS.values(), ids=DOUBTS.keys())
 def test_an_evaluation_that_is_not_to_be_trusted_is_called_so(model, says):
     x = 0.5 + 0.002 * normal(500, 3, 2, 2, seed=0)
-    y = (torch.arange(500) < 250).long()
-    x[:250] -= 0.1  # the other class, far away
+    y = (torch.arange(500) < 150).long()
+    x[:150] -= 0.1  # the other class, far away
     sizes = []
     hook = model.register_forward_hook(lambda module, args, out: sizes.append(len(args[0])))
     state = torch.get_rng_state()
     found = sam_at.doubts(model, x, y, ["linf 8/255", "linf 1/255"])
     hook.remove()
     assert (not found) if says is None else any(says in doubt for doubt in found), found
-    assert all(doubt.startswith("linf 8/255: ") for doubt in found if "takes" in doubt)  # the largest radius
+    taken = [doubt for doubt in found if "takes another" in doubt]
+    assert all(doubt.startswith("linf 8/255: ") for doubt in taken)  # the largest radius
     assert max(sizes) == 200 and torch.get_rng_state().equal(state) and model.training
 
 # == Data sources =========================================================================================
@@ -1066,7 +1066,6 @@ sam_at.doubts = lambda *_: []
 
 @pytest.fixture
 def quick(tiny_demo, monkeypatch):
-    """Small data, and one doubt."""
     monkeypatch.setattr(sam_at, "doubts", lambda *_: ["the moon is full"])
 
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been():
@@ -1092,7 +1091,7 @@ sys.exit(sam_at.main())""", *QUICK, "--method", "sam", "--epochs", 40)
 
 def test_a_finished_run_is_reported_and_other_attacks_are_one_more_record(quick, monkeypatch):
     first = cli(*QUICK)[1].split("\n\n")[1]
-    monkeypatch.setattr(sam_at, "gradient", None)  # no step can be made
+    monkeypatch.setattr(sam_at, "sgd_step", None)  # no step can be made
     with monkeypatch.context() as patch:
         patch.setattr(sam_at, "write_whole", None)  # a folder that can only be read
         assert cli(*QUICK)[1].split("\n\n")[1] == first
@@ -1101,6 +1100,9 @@ def test_a_finished_run_is_reported_and_other_attacks_are_one_more_record(quick,
         assert cli(*QUICK, *other)[0] == 0
     assert [*records_of()[1]["figures"]] == ["clean", "fgsm 0.1", "l2 0.5"]
     assert [r["images"] for r in records_of()] == [40, 40, 40, 40, 7]
+    out, record = cli(*QUICK, "--sharpness", "--norm", "l2")[1], records_of()[-1]
+    assert record["how"] == {"sharpness": True, "norm": "l2", "images": 1000}
+    assert [*record["figures"]][::4] == ["rho 0.05", "l2 2/255"] and f" {record['figures']['rho 0.2']:.2f}" in out
 
 def test_a_record_holds_what_it_takes_to_repeat_the_run(quick):
     _, out, _ = cli(*QUICK, "--method", "sam", "--seed", 3, "--epochs", 3, "--json", "table.json")
@@ -1264,7 +1266,7 @@ def test_tables_hold_mean_and_deviation_of_records_of_the_same_settings():
         ["at l2 128/255 steps 7", "1", ["99.0", "10.0"]], ["at linf 4/255", "1", ["?", "99.0", "10.0"]]]
     assert text.count("A note.") == text.count("abacus") == len(tables)
     assert "others" in text and all(f"--{key} {value}" in text for key, value in runs.items())
-    assert text.count("--bf16") == 1 and text.count("--no-bf16") == len(tables) - 1
+    assert "--lr 0.1" not in text and text.count("--bf16") == 1 and text.count("--no-bf16") == len(tables) - 1
 
 def mean_and_error(records, keys):  # the larger of the seeds' error and the test set's
     t = torch.tensor([[r["figures"][key] for key in keys] for r in records], dtype=f64).mean(1)
@@ -1281,6 +1283,7 @@ ROWS = st.lists(st.tuples(losses, rises, rises, st.integers(0, 1)), max_size=2)
 
 @settings(max_examples=300)
 @given(ROWS, ROWS, ROWS)
+@example([(0, 2.6, 2.6, 0), (0, 8, 1.2, 0)], [], [])  # more robust on average, not everywhere
 def test_verdicts_follow_their_rules(sams, ats, variants):
     keys = ["a", "b"]
     rows = {"sgd": [made_up("sgd", 50.0, [40.0, 40.0], keys)]}
@@ -1316,8 +1319,8 @@ def test_every_claim_has_its_verdict_on_top():
         said = [line.split("|")[1:3] for line in text.split("\n\n")[2].splitlines()[2:]]
         assert [claim.split(".")[0] for claim, _ in said] == [" C1", " C2", " C3", " C4", " C5", " C6"]
         c1, c2, c3, four, c5, c6 = (verdict.strip() for _, verdict in said)
-        assert c1.startswith("table 2: no; sam rho 0.2 +1.0 ± 0.7, clear under 0, clean +0.0 ± 0.7")
-        assert c2 == "table 2: yes; at linf 4/255 +20.0 ± 0.7, clear under 4, clean -5.0 ± 0.7"
+        assert c1.startswith("table 2: no; sam rho 0.2 +1.0 ± 0.7, clear under 0/4, clean +0.0 ± 0.7")
+        assert c2 == "table 2: yes; at linf 4/255 +20.0 ± 0.7, clear under 4/4, clean -5.0 ± 0.7"
         assert c3.startswith("table 2: yes; sam") and c5.startswith("table 1: yes; esam") and "yes" in c6
         assert four.startswith(c4)
     assert "C3. SAM is gentler" in text and report_of(*esam)[0].count("| open |") == 3
