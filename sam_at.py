@@ -778,7 +778,7 @@ def perform(s):
     start_processes(s)
     data = load_data(s.dataset, s.data_dir or "data")
     if len(data.x) < s.batch_size:
-        raise BadInput(f"--batch-size {s.batch_size} is larger than the {len(data.x)} training images")
+        raise BadInput(f"--batch-size {s.batch_size} exceeds the {len(data.x)} training images")
     print(f"{data.source}, {len(data.x)} and {len(data.x_test)} images; {s.model} on {s.device}")
     tensors = {key: t.to(s.device) for key, t in vars(data).items() if isinstance(t, torch.Tensor)}
     return show([run(method, s, replace(data, **tensors)) for method in s.method])
@@ -942,7 +942,7 @@ CLAIMS = {  # of [1] and [2], and when they hold here
     "C3": "SAM is gentler: the best SAM is, on average, between SGD and the best AT, and loses less",
     "C4": "A simplified model shows why: formula, search and training agree within 3%",
     "C5": "Its variants do the same: every row of ASAM and ESAM fulfils C1",
-    "C6": "SAM is cheap: it takes fewer gradients a step than AT",
+    "C6": "SAM is cheap: fewer gradients a step than AT",
 }
 
 def align(rows):
@@ -1082,18 +1082,18 @@ def pictures(s):
         from matplotlib import pyplot
     pyplot.switch_backend("Agg")
     tables, _ = tables_of(s.pictures, s.runs)
-    place = Path(s.pictures, "results")
-    place.mkdir(parents=True, exist_ok=True)
+    (place := Path(s.pictures, "results")).mkdir(parents=True, exist_ok=True)
     for (title, _, *keys), rows in tables.items():
-        figure, axes = pyplot.subplots(figsize=(8, 5))
+        figure, axes = pyplot.subplots()
         up = [key for key in keys if key == "clean" or key.startswith("rho")]
         right = [key for key in keys if key not in up]
         for i, (label, runs) in enumerate(rows.items()):
             x, y = ([fmean(r["figures"][key] for key in part) for r in runs] for part in (right, up))
             axes.plot(x, y, "osv^D<>p*"[i % 9], color=f"C{i % 10}", mfc="none", label=label)
-        axes.set(xlabel="mean of " + ", ".join(right), ylabel=" and ".join(up), title=title)
+        axes.set(xlabel="mean of " + ", ".join(right), ylabel=", ".join(up))
+        axes.set_title(title.replace(": ", "\n"), fontsize=9)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.savefig(place / f"{sha256([title, keys])[:6]}.png", bbox_inches="tight", dpi=110)
+        figure.savefig(place / f"{sha256([title, keys])[:6]}.png", bbox_inches="tight")
     return []
 
 if __name__ == "__main__":
