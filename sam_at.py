@@ -1089,7 +1089,7 @@ def pictures(s):
         right = [key for key in keys if key not in up]
         for i, (label, runs) in enumerate(rows.items()):
             x, y = ([fmean(r["figures"][key] for key in part) for r in runs] for part in (right, up))
-            axes.plot(x, y, "osv^D<>p*"[i % 9], color=f"C{i % 10}", mfc="none", label=label)
+            axes.plot(x, y, "osv^D<>p*X"[i % 10], color=f"C{i % 10}", mfc="none", label=label)
         axes.set(xlabel="mean of " + ", ".join(right), ylabel=", ".join(up))
         axes.set_title(title.replace(": ", "\n"), fontsize=9)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
