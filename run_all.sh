@@ -42,10 +42,13 @@ if [ "${1-}" = --dry-run ]; then list; exit; fi
 if [ "$place" = . ]; then  # the data first, once for all
   $python -c 'import sam_at; [sam_at.load_data(name, "data") for name in ("cifar10", "cifar100")]'
 fi
-gpus=$($python -c 'import torch; print(max(1, torch.cuda.device_count()))')
+count='import torch; print(*range(max(1, torch.cuda.device_count())), sep=",")'
+export GPUS=${CUDA_VISIBLE_DEVICES-$($python -c "$count")}
+IFS=, read -ra gpus <<< "$GPUS,"
 failed=0  # a run that fails ends neither the others nor the report
-list | xargs -P "$gpus" --process-slot-var=SLOT -I RUN \
-  bash -c 'export CUDA_VISIBLE_DEVICES=$SLOT; echo "+ RUN"; RUN || exit 1' || failed=1
+list | xargs -P "${#gpus[@]}" --process-slot-var=SLOT -I RUN bash -c '
+  export CUDA_VISIBLE_DEVICES=$(cut -d, -f$((SLOT + 1)) <<< $GPUS)
+  echo "+ RUN"; RUN || exit 1' || failed=1
 $python sam_at.py --report "$place" $runs
 if $python -c 'import matplotlib' 2> /dev/null; then $python sam_at.py --pictures "$place" $runs; fi
 exit "$failed"

@@ -42,7 +42,6 @@ from torch.utils._pytree import tree_leaves
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both, see section 14
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-torch.backends.cudnn.allow_tf32 = False  # evaluation needs all 23 bits of a gradient
 
 class BadInput(ValueError, argparse.ArgumentTypeError):
     """Something given cannot be used. The message is the one line that a user of the command line sees."""
@@ -76,7 +75,7 @@ def random_delta(x, eps, norm):
         return eps * (2 * torch.rand_like(x) - 1)
     return eps * torch.rand_like(l2_norm(x)) * steepest(torch.randn_like(x), "l2")
 
-cross_entropy = partial(F.cross_entropy, reduction="sum")  # no smaller in a larger batch
+cross_entropy = partial(F.cross_entropy, reduction="sum")  # a sum: as large for an image in any batch
 
 def input_gradient(model, x, y, loss):
     """g = dL/dx, shaped like x, and the images that the model gets wrong: (N,) bool."""
@@ -116,7 +115,7 @@ def check(x, y, look=True):
 def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=True,
         loss=cross_entropy, stop_when_fooled=False):
     """Projected gradient ascent to images of high loss within eps of x (Madry et al. 2018, section 2.1).
-    x: pixels in [0,1], (N, ...).  eps: in pixels.  norm: "linf" or "l2".  step_size: eps/4, as in [1, 2].
+    x: pixels in [0,1] (unchecked in GPU training), (N, ...).  eps: pixels.  step_size: eps/4, as in [1, 2].
     stop_when_fooled: an image that the model gets wrong is left as it is, so what is right at the end was
     right at every step. Returns x_adv, shaped like x; the model and its .grad stay as they were."""
     limit = {"linf": 1.0, "l2": math.sqrt(math.prod(x.shape[1:]))}
@@ -229,7 +228,7 @@ class PreActBlock(nn.Module):
 
     def forward(self, x):
         h = F.relu(self.bn1(x))
-        if self.shortcut is not None:  # a strided 1x1 corrupts memory (oneDNN issue 6035)
+        if self.shortcut is not None:  # a strided 1x1 can corrupt memory (oneDNN issue 6035)
             x = self.shortcut(F.avg_pool2d(h, 1, self.stride))
         return x + self.conv2(F.relu(self.bn2(self.conv1(h))))
 
@@ -250,8 +249,8 @@ class Classifier(nn.Module):
     def __init__(self, net, mean, std):
         super().__init__()
         self.net, self.bf16 = net, False
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("mean", torch.as_tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.as_tensor(std).view(3, 1, 1))
 
     def forward(self, x):
         x = (x - self.mean) / self.std
@@ -310,13 +309,13 @@ def train(model, data, step, optimizer, schedule, epochs, batch_size):
 ATTACKS = ("linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255")  # each PGD-10, as in [1, 2]
 
 def radius(text):
-    """"8/255" or "0.03" -> eps in pixels. Raises BadInput unless it lies in (0, 1)."""
+    """"8/255" or "0.03" -> eps. Raises BadInput unless it lies in (0, 1)."""
     numerator, _, denominator = text.partition("/")
     with suppress(ValueError, ArithmeticError):
         eps = float(numerator) / float(denominator or 1)
         if 0 < eps < 1:
             return eps
-    raise BadInput(f"radius {text!r}: expected one in (0, 1), as pixels are; 8/255 or 0.03")
+    raise BadInput(f"radius {text!r}: expected one in (0, 1), with pixels in [0,1]; 8/255 or 0.03")
 
 def named_pgd(norm, steps, eps):
     return partial(pgd, eps=radius(eps), norm=norm, steps=steps, stop_when_fooled=True)
@@ -405,6 +404,7 @@ def deit_tiny(classes, width=192):
     for w in net.parameters():
         if w.ndim > 1:
             nn.init.trunc_normal_(w, std=0.02)
+    net.conv_proj.reset_parameters()
     return net
 
 def small_cnn(classes, width=16):
@@ -446,7 +446,7 @@ def autoattack(steps, norm, eps):
         auto.apgd_targeted.n_target_classes = auto.fab.n_target_classes = min(9, others)
         if others < 3:  # the targeted loss wants four logits
             auto.attacks_to_run.remove("apgd-t")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([x.device] * x.is_cuda):
             return auto.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))[0]
     return attack
 
@@ -468,7 +468,7 @@ def doubts(model, images, labels, names, steps=10, restarts=1, seed=0):
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     names = sorted((n for n in names if n.startswith(("linf ", "l2 "))), key=lambda n: radius(n.split()[1]))
     accuracy = lambda name, *how: evaluate(model, x, y, [name], *how)[name]
-    with torch.random.fork_rng(), restored(model):
+    with torch.random.fork_rng([x.device] * x.is_cuda), restored(model):
         torch.manual_seed(seed)
         model.eval()
         logits, (g, _) = model(x), input_gradient(model, x, y, cross_entropy)
@@ -629,10 +629,8 @@ def theory(p=0.9, eta=0.5, n=10, rhos=(0.5, 1.0, 2.0)):
     """The weight by closed form, by search, and as section 3 trains it: rows. "sam" ascends to the worst w;
     along the gradient, below w_sam, it climbs the wrong side."""
     A = partial(simple_accuracy, p=p, eta=eta, n=n)
-
-    def worst(weights, grads, rho):
-        return [torch.full_like(weights[0], min(rho, -rho, key=lambda v: A(weights[0] + v)))]
-
+    worst = lambda weights, grads, rho: [
+        torch.full_like(weights[0], min(rho, -rho, key=lambda v: A(weights[0] + v)))]
     cases = [("sgd", 0.0, w_standard(p, eta), A, sgd_step)]
     for eps in (eta / (1 + 3 * n / rho ** 2) for rho in rhos):  # AT's w is SAM's
         step = partial(at_step, eps=eps / 40, steps=8)
@@ -691,7 +689,7 @@ class Settings:
     """All that can be said on the command line. --preset paper changes some defaults."""
     method: str = setting(("sgd", "sam", "at"), "what to train", *METHODS, nargs="+")
     preset: str = setting("demo", "embedded data; or the papers' recipe", "demo", "paper")
-    rho: float = setting(0.15, "SAM's radius over weights; asam wants ten times as much")
+    rho: float = setting(0.15, "SAM's radius; asam wants ten times as much")
     awp_gamma: float = setting(0.005, "awp's radius over the norm of a layer's weights")
     eps: float = setting(None, "AT's radius (default: demo 4/255, paper 8/255, l2 128/255)", type=radius)
     norm: str = setting("linf", "AT's norm", "linf", "l2")
@@ -706,14 +704,14 @@ class Settings:
     bf16: bool = setting(BF16, "train in bfloat16; evaluation is in float32")
     compile: bool = setting(False, "torch.compile the network for training")
     seed: int = setting(0, "of weights, batches and attacks")
-    device: str = setting("cuda" if CUDA else "cpu", "", "cpu", "mps", *["cuda"] * CUDA)
-    runs: str = setting("runs", "a folder of folders, a run each: checkpoint and records")
+    device: str = setting("cuda" if CUDA else "cpu", "", "cpu", *["cuda"] * CUDA)
+    runs: str = setting("runs", "a folder of runs: checkpoint and records")
     attacks: str = setting(ATTACKS, "see sections 7 and 8", nargs="+")
     eval_steps: int = setting(10, "PGD's steps, each of eps/4")
-    restarts: int = setting(1, "PGD's random starts: an image must withstand all")
+    restarts: int = setting(1, "PGD's random starts, all to withstand")
     images: int = setting(None, "test images to attack, evenly spaced (default: all)")
     sharpness: bool = setting(False, "measure how the loss rises around weights and inputs")
-    json: str = setting(None, "new file for the final table, a list of rows")
+    json: str = setting(None, "new file for the final table")
     theory: bool = setting(False, "just the simplified model: solved, searched, trained")
     benchmark: bool = setting(False, "just time a step of each method")
     report: str = setting(None, "write RESULTS.md here, from results/ here and --runs")
@@ -775,6 +773,7 @@ def perform(s):
     if s.theory:
         print(align(rows := theory()))
         return rows
+    torch.backends.cudnn.allow_tf32 = False  # evaluation needs all 23 bits of a gradient
     start_processes(s)
     data = load_data(s.dataset, s.data_dir or "data")
     if len(data.x) < s.batch_size:
@@ -826,16 +825,18 @@ def read_records(path):
     return records
 
 def build(s, classes, mean_std):
-    """The network on its device, and the same for training: compiled if the settings say so."""
+    """The network on its device, the same for training (compiled or not), its optimizer and schedule."""
     torch.manual_seed(s.seed)  # one start and the same batches for all
     model = make_model(s.model, classes, mean_std, s.width).to(s.device)
     model.bf16 = s.bf16
-    return model, torch.compile(model, dynamic=False) if s.compile else model
+    adamw = [partial(torch.optim.AdamW, weight_decay=0.05)] * (s.model == "deit_ti")
+    fast = torch.compile(model, dynamic=False) if s.compile else model
+    return model, fast, *make_optimizer(model, s.lr, s.epochs, *adamw)
 
 def run(method, s, data):
     """Train one network, or go on where it stopped, and measure it. Returns its record."""
     this = {"method": method, "data_sha256": sha256([data.x, data.y, data.x_test, data.y_test])}
-    this |= {key: getattr(s, key) for key in METHODS[method][0] + SHARED}  # all that decides the weights
+    this |= {key: getattr(s, key) for key in METHODS[method][0] + SHARED}  # decides the weights
     how = {"attacks": s.attacks, "eval_steps": s.eval_steps, "restarts": s.restarts, "images": s.images}
     how = {"sharpness": True, "norm": s.norm, "images": s.images or 1000} if s.sharpness else how
     label, log = label_of(this), []
@@ -849,11 +850,9 @@ def run(method, s, data):
             return record
     std, mean = torch.std_mean(data.x.float() / 255, dim=(0, 2, 3))
     with refused(f"--model {s.model} --width {s.width}: cannot be built"):
-        model, fast = build(s, len(data.classes), (mean.tolist(), std.clamp_min(1e-3).tolist()))
+        model, fast, optimizer, schedule = build(s, len(data.classes), (mean, std.clamp_min(1e-3)))
     folder.mkdir(parents=True, exist_ok=True)
     results.open("a").close()  # fails now if it cannot be written
-    adamw = [partial(torch.optim.AdamW, weight_decay=0.05)] * (s.model == "deit_ti")
-    optimizer, schedule = make_optimizer(model, s.lr, s.epochs, *adamw)
     rng = torch.cuda if s.device == "cuda" else torch
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if checkpoint.exists():
@@ -925,8 +924,7 @@ def benchmark(s):
     y = torch.arange(s.batch_size, device=s.device) % 10
     wait, rows = torch.get_device_module(s.device).synchronize, []
     for method in dict.fromkeys(["sgd", *s.method]):
-        model, fast = build(s, 10, CIFAR10)
-        optimizer, _ = make_optimizer(model, s.lr, s.epochs)
+        _, fast, optimizer, _ = build(s, 10, CIFAR10)
         step = partial(METHODS[method][1](s), fast, x, y, optimizer)
         timer = Timer("step(); wait()", globals=locals(), num_threads=torch.get_num_threads())
         seconds = timer.adaptive_autorange(threshold=0.2, min_run_time=1, max_run_time=20).median
@@ -956,8 +954,8 @@ def title_of(record):
     """What the records of one table share: data, images, and the flags that differ from the defaults."""
     usual = {f.name: f.default for f in fields(Settings)} | {"lr": 0.1, "bf16": None}
     same = {key: record["run"][key] for key in SHARED[:7]} | record["how"] | {"attacks": ATTACKS}
-    flags = [f"--{key} {value}" for key, value in same.items() if value != usual[key]]
-    flags = " ".join(flags).replace("_", "-").replace(" True", "").replace("--bf16 False", "--no-bf16")
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in same.items() if v != usual[k]]
+    flags = " ".join(flags).replace(" True", "").replace("--bf16 False", "--no-bf16")
     return f"{record['data']}, {record['images']} test images: {flags}"
 
 def mean_and_error(records, keys):
@@ -981,7 +979,8 @@ def verdicts(rows):
     free = lambda a: wins(a) == len(keys) and lost(a) <= 0.5
 
     def verdict(holds, *labels):
-        text = "yes" if holds else "no"
+        seeds = min(len(rows[a]) for a in ["sgd", *labels])
+        text = ("yes" if holds else "no") + f", seeds: {seeds}"
         for a in labels:
             (d, e), (clean, error) = gain(rows[a], rows["sgd"], *keys), gain(rows[a], rows["sgd"], "clean")
             text += f"; {a} {d:+.1f} ± {e:.1f}, clear under {wins(a)}/{len(keys)}"
@@ -1003,7 +1002,7 @@ def verdicts(rows):
     return found
 
 def table_of(rows):
-    """A heading of two lines, a line a label: mean±deviation over seeds, or each seed where they disagree."""
+    """A heading of two lines, a line a label: mean±deviation over seeds, or all seeds if far apart."""
     keys = [*next(iter(rows.values()))[0]["figures"]]
     digits = 1 if "clean" in keys else 2
     names = ["method", "seeds", *keys, "stronger", "train %", "train s"]
@@ -1040,9 +1039,10 @@ def show(records):
 def tables_of(place, runs):
     """The records in place/results/ and runs/: ({(title, data, columns): {label: records}}, all as lines)."""
     files = [*Path(place, "results").glob("records.jsonl"), *sorted(Path(runs).glob("*/results.jsonl"))]
-    lines = {repr([title_of(r), r["run"], r["how"]]): json.dumps(r) for f in files for r in read_records(f)}
+    key = lambda r: repr([title_of(r), r["run"] | {"device": 0, "compile": 0}, r["how"]])
+    lines = {key(r): json.dumps(r) for f in files for r in read_records(f)}
     if not lines:
-        raise BadInput(f"no records in {place}/results/records.jsonl nor in {runs}")
+        raise BadInput(f"no records in {place}/results nor in {runs}")
     order = lambda r: (title_of(r), [*METHODS].index(r["run"]["method"]), label_of(r["run"]))
     tables = {}
     for r in sorted(map(json.loads, lines.values()), key=order):
@@ -1069,8 +1069,8 @@ def report(s):
     head = ["# Results\n", "Written by `--report .`. To repeat a row, add its radius, `--method`,",
             "`--seed`, `--data-dir` to the table's flags.\n", "| claim | does it hold? |\n|---|---|"]
     head += [f"| {c}. {CLAIMS[c]}. | {'<br>'.join(found[c]) or 'open'} |" for c in CLAIMS]
-    head += ["\nTo gain: by over two standard errors (clear) under every attack. Several numbers: seeds that",
-             "disagree. Stronger: what more steps, margin or FGSM took off, of 200 images.\n"]
+    head += ["\nTo gain: by over two standard errors (clear; of one seed, the images') under every attack.",
+             "31 29 42: seeds apart. Stronger: what other attacks took off. Train s: epochs x the fastest.\n"]
     parts += ["## The weight on the robust feature (C4)\n", block(align(solved))]
     write_whole(Path(s.report, "results", "records.jsonl"), "\n".join([*lines, ""]).encode())
     write_whole(Path(s.report, "RESULTS.md"), "\n".join([*head, *parts]).encode(errors="replace"))
@@ -1083,7 +1083,7 @@ def pictures(s):
         from matplotlib.figure import Figure
     tables, _ = tables_of(s.pictures, s.runs)
     (place := Path(s.pictures, "results")).mkdir(parents=True, exist_ok=True)
-    for (title, _, *keys), rows in tables.items():
+    for (title, data, *keys), rows in tables.items():
         axes = Figure().subplots()
         up = [key for key in keys if key == "clean" or key.startswith("rho")]
         right = [key for key in keys if key not in up]
@@ -1093,7 +1093,7 @@ def pictures(s):
         axes.set(xlabel="mean of " + ", ".join(right), ylabel=", ".join(up))
         axes.set_title(title.replace(": ", "\n"), fontsize=9)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        axes.figure.savefig(place / f"{sha256([title, keys])[:6]}.png", bbox_inches="tight")
+        axes.figure.savefig(place / f"{sha256([title, data, keys])[:6]}.png", bbox_inches="tight")
     return []
 
 if __name__ == "__main__":

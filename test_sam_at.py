@@ -537,8 +537,8 @@ def test_the_papers_statistics_initial_values_and_names():
     assert model.std.flatten().tolist() == pytest.approx([0.2471, 0.2435, 0.2616])
     net = sam_at.make_model("deit_ti", 10, width=48).net
     for name, w in net.named_parameters():
-        if w.ndim > 1 and w.numel() > 100:
-            assert abs(w.std() - 0.02) < 0.004, name
+        if w.ndim > 1 and w.numel() > 100:  # patches: PyTorch's own, uniform within 1/sqrt(12)
+            assert w.std().item() == pytest.approx(1 / 6 if "conv" in name else 0.02, rel=0.2), name
     assert [layer.self_attention.num_heads for layer in net.encoder.layers] == [3] * 12
     with pytest.raises(ValueError, match="prn18"):
         sam_at.make_model("resnet", 10)
@@ -1026,7 +1026,7 @@ BAD = """eps 8 > radius '8'; eps 0 > eps; eps x > eps; eps 8/0 > eps; eps nan > 
     images 0 > images; restarts 0 > restarts; eval-steps -1 > eval-steps; runs _ > empty
     device cuda > device; model deit_ti --width 4 > width; data-dir pics > dataset
     dataset folder > data-dir; dataset tiny-imagenet > data-dir; runs /dev/null > /dev/null
-    dataset folder --data-dir nowhere > nowhere; report . > records.jsonl; pictures . > matplotlib
+    dataset folder --data-dir nowhere > nowhere; report . > no records; pictures . > matplotlib
     report . --runs none > none; json mine > mine; width 900000000 > width; report _ > empty
     pictures _ > empty; json _ > empty"""
 
@@ -1246,14 +1246,14 @@ def report_of(*records, **solved):
     return text, [[[c.strip() for c in line.split("  ") if c.strip()] for line in t] for t in tables]
 
 def test_tables_hold_mean_and_deviation_of_records_of_the_same_settings():
-    runs = {"model": "prn18", "width": 3, "epochs": 3, "batch-size": 3, "lr": 0.3, "dataset": "cifar10"}
+    runs = {"model": "deit_ti", "width": 3, "epochs": 3, "batch-size": 3, "lr": 0.3, "dataset": "cifar10"}
     other = [{"run": {key.replace("-", "_"): value}} for key, value in runs.items()]
     other += [{"how": {"eval_steps": 3}}, {"how": {"restarts": 3}}, {"run": {"data_sha256": "1"}}]
     other += [{"data": "others"}, {"images": 3}, {"keys": FOUR[:2]}, {"run": {"bf16": True}}]
     at = {"attack_steps": 7, "norm": "l2", "eps": 128 / 255}
     drops = [[], ["linf 2/255: fgsm takes another 2.5", "l2 1: it takes another 10.5", "random"], ["random"]]
     alike = [made_up("at", run=at), made_up("at", doubts=drops[2]), made_up("sam", doubts=drops[1]),
-             made_up("sam", run={"rho": 0.1}), made_up("sgd"),
+             made_up("sam", run={"rho": 0.1}), made_up("sgd", run={"device": "cuda"}), made_up("sgd"),
              made_up("sgd", 54.0, [47.0, 40.0, 40.0, 49.0], run={"seed": 1}, seconds=30.0, train_accuracy=98.0)]
     text, tables = report_of(*alike, *(made_up("sgd", **difference) for difference in other))
     assert sorted(map(len, tables)) == [3] * len(other) + [7]
@@ -1306,7 +1306,7 @@ def test_verdicts_follow_their_rules(sams, ats, variants):
         wanted["C2"] = all(ahead(best, other) for other in ["sgd", *sam]) and clean(best) < -0.5
         wanted["C3"] = 0 < robust(gentle) < robust(best) and clean(gentle, best) > 0
     found = sam_at.verdicts(rows)
-    assert {claim: text.split(";")[0] for claim, text in found.items()} == {
+    assert {claim: text.split(",")[0] for claim, text in found.items()} == {
         claim: "yes" if holds else "no" for claim, holds in wanted.items()}
     assert not sam and not asam or sam_at.verdicts({label: rows[label] for label in sam + at + asam}) == {}
 
@@ -1319,9 +1319,9 @@ def test_every_claim_has_its_verdict_on_top():
         said = [line.split("|")[1:3] for line in text.split("\n\n")[2].splitlines()[2:]]
         assert [claim.split(".")[0] for claim, _ in said] == [" C1", " C2", " C3", " C4", " C5", " C6"]
         c1, c2, c3, four, c5, c6 = (verdict.strip() for _, verdict in said)
-        assert c1.startswith("table 2: no; sam rho 0.2 +1.0 ± 0.7, clear under 0/4, clean +0.0 ± 0.7")
-        assert c2 == "table 2: yes; at linf 4/255 +20.0 ± 0.7, clear under 4/4, clean -5.0 ± 0.7"
-        assert c3.startswith("table 2: yes; sam") and c5.startswith("table 1: yes; esam") and "yes" in c6
+        assert c1.startswith("table 2: no, seeds: 1; sam rho 0.2 +1.0 ± 0.7, clear under 0/4, clean +0.0 ± 0.7")
+        assert c2 == "table 2: yes, seeds: 1; at linf 4/255 +20.0 ± 0.7, clear under 4/4, clean -5.0 ± 0.7"
+        assert c3.startswith("table 2: yes, seeds: 1; sam") and c5.startswith("table 1: yes, seeds") and "yes" in c6
         assert four.startswith(c4)
     assert "C3. SAM is gentler" in text and report_of(*esam)[0].count("| open |") == 3
 
