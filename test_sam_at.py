@@ -1257,9 +1257,8 @@ def test_tables_hold_mean_and_deviation_of_records_of_the_same_settings():
              made_up("sgd", 54.0, [47.0, 40.0, 40.0, 49.0], run={"seed": 1}, seconds=30.0, train_accuracy=98.0)]
     text, tables = report_of(*alike, *(made_up("sgd", **difference) for difference in other))
     assert sorted(map(len, tables)) == [3] * len(other) + [7]
-    kinds, radii, *rows = max(tables, key=len)
-    assert kinds == "linf linf l2 l2 train train".split()
-    assert radii == "method seeds clean 1/255 2/255 16/255 32/255 stronger % s".split()
+    top, head, *rows = max(tables, key=len)
+    assert top + head == "linf linf l2 l2 train train method seeds clean 1/255 2/255 16/255 32/255 stronger % s".split()
     assert rows[0] == "sgd|2|52.0±2.8|43.5±4.9|40.0±0.0|40.0±0.0|40 49|98.5|20.0".split("|")  # 40 and 49: far apart
     assert [[row[0], row[1], row[7:]] for row in rows[1:]] == [
         ["sam rho 0.1", "1", ["99.0", "10.0"]], ["sam rho 0.2", "1", ["-10.5", "99.0", "10.0"]],
@@ -1311,7 +1310,8 @@ def test_verdicts_follow_their_rules(sams, ats, variants):
     assert not sam and not asam or sam_at.verdicts({label: rows[label] for label in sam + at + asam}) == {}
 
 def test_every_claim_has_its_verdict_on_top():
-    rows = [made_up("sgd"), made_up("at", 45.0, [60.0] * 4), made_up("sam", 50.0, [41.0] * 4)]
+    rows = [made_up("sam", 50.0, [41.0] * 4)]
+    rows += [made_up(*row, run={"seed": seed}) for seed in (0, 1) for row in (["sgd"], ["at", 45.0, [60.0] * 4])]
     other = [made_up(method, keys=["fgsm 1/255"], images=9) for method in ("sgd", "sam", "at")]  # decides nothing
     esam = [made_up("esam", 50.0, [42.0] * 4, data="a data"), made_up("sgd", data="a data")]
     for solved, c4 in ({}, "yes; within 0.5%"), ({"numerical": 2.07}, "no; within 3.5%"), ({"trained": 1.93}, "no"):
@@ -1320,7 +1320,7 @@ def test_every_claim_has_its_verdict_on_top():
         assert [claim.split(".")[0] for claim, _ in said] == [" C1", " C2", " C3", " C4", " C5", " C6"]
         c1, c2, c3, four, c5, c6 = (verdict.strip() for _, verdict in said)
         assert c1.startswith("table 2: no, seeds: 1; sam rho 0.2 +1.0 ± 0.7, clear under 0/4, clean +0.0 ± 0.7")
-        assert c2 == "table 2: yes, seeds: 1; at linf 4/255 +20.0 ± 0.7, clear under 4/4, clean -5.0 ± 0.7"
+        assert c2 == "table 2: yes, seeds: 2; at linf 4/255 +20.0 ± 0.7, clear under 4/4, clean -5.0 ± 0.7"
         assert c3.startswith("table 2: yes, seeds: 1; sam") and c5.startswith("table 1: yes, seeds") and "yes" in c6
         assert four.startswith(c4)
     assert "C3. SAM is gentler" in text and report_of(*esam)[0].count("| open |") == 3
@@ -1328,12 +1328,12 @@ def test_every_claim_has_its_verdict_on_top():
 def test_report_and_pictures_gather_records_and_write_where_they_are_told(quick):
     pytest.importorskip("matplotlib")
     cli(*QUICK, "--runs", "mine")
-    first = report_of(made_up("sgd"), made_up("sam", 51.0))
-    records = [json.loads(line) for line in open("there/results/records.jsonl")]
-    assert records == [made_up("sgd"), made_up("sam", 51.0), *records_of("mine")]
-    assert report_of(*records) == first
+    made = [made_up("sgd"), made_up("sam", 51.0), made_up("sgd", run={"data_sha256": "1"})]
+    first = report_of(*made)
+    made += records_of("mine")
+    assert [json.loads(line) for line in open("there/results/records.jsonl")] == made and report_of(*made) == first
     assert cli("--pictures", "there", "--runs", "mine")[::2] == (0, "")
-    assert [p.read_bytes()[:4] for p in Path("there/results").glob("*.png")] == 2 * [b"\x89PNG"]
+    assert [p.read_bytes()[:4] for p in Path("there/results").glob("*.png")] == 3 * [b"\x89PNG"]
     assert sorted(os.listdir()) == ["mine", "there"]
 
 @pytest.mark.parametrize("clean, robust, says", [
