@@ -1312,7 +1312,7 @@ def test_verdicts_follow_their_rules(sams, ats, variants):
 def test_every_claim_has_its_verdict_on_top():
     rows = [made_up("sam", 50.0, [41.0] * 4)]
     rows += [made_up(*row, run={"seed": seed}) for seed in (0, 1) for row in (["sgd"], ["at", 45.0, [60.0] * 4])]
-    other = [made_up(method, keys=["fgsm 1/255"], images=9) for method in ("sgd", "sam", "at")]  # decides nothing
+    other = [made_up(method, keys=["fgsm 1/255"], images=1000) for method in ("sgd", "sam", "at")]  # decides nothing
     esam = [made_up("esam", 50.0, [42.0] * 4, data="a data"), made_up("sgd", data="a data")]
     for solved, c4 in ({}, "yes; within 0.5%"), ({"numerical": 2.07}, "no; within 3.5%"), ({"trained": 1.93}, "no"):
         text, _ = report_of(*rows, *other, *esam, **solved)
