@@ -75,7 +75,7 @@ def random_delta(x, eps, norm):
         return eps * (2 * torch.rand_like(x) - 1)
     return eps * torch.rand_like(l2_norm(x)) * steepest(torch.randn_like(x), "l2")
 
-cross_entropy = partial(F.cross_entropy, reduction="sum")  # a sum: as large for an image in any batch
+cross_entropy = partial(F.cross_entropy, reduction="sum")  # a sum: batch size does not matter
 
 def input_gradient(model, x, y, loss):
     """g = dL/dx, shaped like x, and the images that the model gets wrong: (N,) bool."""
@@ -122,7 +122,7 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
     if norm not in limit or not 0 <= eps <= limit[norm] or steps < 0:
         raise BadInput(f"norm {norm!r}, eps {eps}, steps {steps}: expected 'linf' or 'l2', "
                          "eps in the unit of the pixels (8/255, not 8), steps >= 0")
-    check(x, y, look=not (model.training and x.is_cuda))  # training does not wait for the GPU
+    check(x, y, look=not (model.training and x.is_cuda))  # no waiting for the GPU
     step_size = eps / 4 if step_size is None else step_size
     delta = random_delta(x, eps, norm) if random_start else torch.zeros_like(x)
     x_adv = (x + delta).clamp(0, 1)
@@ -306,7 +306,7 @@ def train(model, data, step, optimizer, schedule, epochs, batch_size):
 
 # == 7. Evaluation: accuracy on clean images and under attack =============================================
 #    An attack is a function attack(model, x, y) -> x_adv. A string such as "linf 8/255" names one.
-ATTACKS = ("linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255")  # each PGD-10, as in [1, 2]
+ATTACKS = ("linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255")  # PGD-10, as in [1, 2]
 
 def radius(text):
     """"8/255" or "0.03" -> eps. Raises BadInput unless it lies in (0, 1)."""
@@ -416,7 +416,7 @@ def small_cnn(classes, width=16):
 
 MODELS = {"prn18": preact_resnet, "deit_ti": deit_tiny, "small": small_cnn,
           "wrn28_10": partial(preact_resnet, width=16, stages=(10, 20, 40), blocks=4)}
-CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # mean and std of the pixels, by channel
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # mean and std of its pixels
 
 def make_model(name, classes, mean_std=CIFAR10, width=None):
     """One of MODELS, for images (N, 3, 32, 32). width: channels of the first layer, if not the usual ones."""
@@ -439,7 +439,6 @@ def autoattack(steps, norm, eps):
     with refused("autoattack wants pip install pyautoattack"):
         from pyautoattack import AutoAttack
     given = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": radius(eps), "seed": 0}
-
     def attack(model, x, y):
         plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
         auto, others = AutoAttack(plain, device=x.device, **given), model(x[:1]).shape[1] - 1
@@ -478,7 +477,7 @@ def doubts(model, images, labels, names, steps=10, restarts=1, seed=0):
             found.append("the outputs are probabilities, not logits")
         if zero > 1:
             found.append(f"the gradient is zero for {zero:.0f}% of images")
-        for norm, name in {name.split()[0]: name for name in names}.items():  # the largest of each
+        for norm, name in {name.split()[0]: name for name in names}.items():  # the largest
             weak = accuracy(name, steps, restarts)
             others = [name, f"margin {name}", f"fgsm {name.split()[1]}"][:3 if norm == "linf" else 2]
             for other, more in zip(others, (max(50, steps), steps, 1)):
@@ -541,22 +540,17 @@ def read_image(path):
 def load_folder(directory):
     """DIR/train/CLASS/*.png and DIR/test (or val, valid) likewise, at 32x32; or Tiny-ImageNet as it unpacks.
     SOURCE.txt in DIR may say in its first line what the images are, in the others what they can show."""
-    from torchvision.datasets import ImageFolder, folder
+    from torchvision.datasets import ImageFolder
     place = Path(directory).resolve()
-
-    def wanted(path):  # not behind a link in a class's folder, such as one to a folder above
-        inner = [*Path(path).relative_to(place).parents][:-3]
-        return folder.is_image_file(path) and not any((place / p).is_symlink() for p in inner)
-
     listed = place / "val" / "val_annotations.txt"
     with refused(f"{directory}: expected train/CLASS/IMAGE, and test/ (val/, valid/) likewise"):
-        train = ImageFolder(place / "train", is_valid_file=wanted)
+        train = ImageFolder(place / "train")
         if listed.exists():
             rows = [line.split("\t") for line in listed.read_text("utf-8").splitlines()]
             tests = [(listed.parent / "images" / row[0], train.class_to_idx[row[1]]) for row in rows]
         else:
             name = next((name for name in ("test", "val", "valid") if (place / name).is_dir()), "test")
-            test = ImageFolder(place / name, is_valid_file=wanted)
+            test = ImageFolder(place / name)
             if len(train.classes) < 2 or train.classes != test.classes:
                 raise ValueError(f"train has {train.classes}, {name} {test.classes}: the same, two or more")
             tests = test.samples
@@ -776,8 +770,6 @@ def perform(s):
     torch.backends.cudnn.allow_tf32 = False  # evaluation needs all 23 bits of a gradient
     start_processes(s)
     data = load_data(s.dataset, s.data_dir or "data")
-    if len(data.x) < s.batch_size:
-        raise BadInput(f"--batch-size {s.batch_size} exceeds the {len(data.x)} training images")
     print(f"{data.source}, {len(data.x)} and {len(data.x_test)} images; {s.model} on {s.device}")
     tensors = {key: t.to(s.device) for key, t in vars(data).items() if isinstance(t, torch.Tensor)}
     return show([run(method, s, replace(data, **tensors)) for method in s.method])
@@ -810,11 +802,8 @@ def write_whole(path, content):
         return
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    part.write_bytes(content)
+    os.replace(part, path)
 
 def read_records(path):
     """The records of a file, a line each. Raises BadInput, which names the file, unless they are whole."""
@@ -922,11 +911,11 @@ def benchmark(s):
     from torch.utils.benchmark import Timer
     x = torch.rand(s.batch_size, 32, 32, 3, device=s.device).permute(0, 3, 1, 2)  # as batches() makes them
     y = torch.arange(s.batch_size, device=s.device) % 10
-    wait, rows = torch.get_device_module(s.device).synchronize, []
+    rows = []
     for method in dict.fromkeys(["sgd", *s.method]):
         _, fast, optimizer, _ = build(s, 10, CIFAR10)
         step = partial(METHODS[method][1](s), fast, x, y, optimizer)
-        timer = Timer("step(); wait()", globals=locals(), num_threads=torch.get_num_threads())
+        timer = Timer("step()", globals=locals(), num_threads=torch.get_num_threads())
         seconds = timer.adaptive_autorange(threshold=0.2, min_run_time=1, max_run_time=20).median
         rows.append({"method": method, "step_s": seconds})
         rows[-1]["ratio_to_sgd"] = seconds / rows[0]["step_s"]
@@ -968,6 +957,14 @@ def gain(records, others, *keys):
     """How much more accurate the one are than the others, and the standard error of that."""
     (a, error), (b, other) = mean_and_error(records, keys), mean_and_error(others, keys)
     return a - b, math.hypot(error, other)
+
+def rank_correlation(a, b, shuffles=9999):
+    """Spearman's, and its p value: the share of the orders of b that go with a, or against it, as far."""
+    a, b = (torch.tensor(t).argsort().argsort() - (len(t) - 1) / 2 for t in (a, b))
+    rng = torch.Generator().manual_seed(0)
+    orders = torch.rand(shuffles, len(b), generator=rng).argsort(1)
+    r = torch.cat([b[None], b[orders]]) @ a / (a @ a)
+    return r[0].item(), (r.abs() >= r[0].abs() - 1e-6).float().mean().item()
 
 def verdicts(rows):
     """{claim: its verdict, with figures against SGD} from the rows of a table, by the rules of CLAIMS."""
@@ -1031,8 +1028,6 @@ def show(records):
             changes = {key: gain([r], sgd, key) for key in r["figures"]}
             clear = [f"{d:+.1f} {key}" for key, (d, e) in changes.items() if abs(d) > 2 * e]
             print(f"{label} against sgd: {', '.join(clear) or 'no clear difference'}")
-    if not sgd or len(records) == 1:
-        print("to compare: --method sgd sam at")
     return [{"method": r["run"]["method"], "seconds": r["seconds"], "clean": r["figures"].get("clean"),
              "robust": {key: a for key, a in r["figures"].items() if key != "clean"}} for r in records]
 
@@ -1063,6 +1058,11 @@ def report(s):
         data, flags = title.rsplit(": ", 1)
         parts += [f"## {number}. {data}\n", f"`{flags}`, on {machines}. {every[0]['note']}\n"]
         parts.append(block(align(table_of(rows))))
+        if "clean" not in keys and len(rows) > 3:
+            weights, inputs = ([fmean(r["figures"][key] for r in runs for key in side)
+                                for runs in rows.values()] for side in (keys[:3], keys[3:]))
+            r, p = rank_correlation(weights, inputs)
+            parts.append(f"Rank correlation of the rises around weights and inputs: {r:+.2f}, p = {p:.2g}.\n")
         if keys == ["clean", *ATTACKS]:
             for claim, text in verdicts(rows).items():
                 found[claim].append(f"table {number}: {text}")
