@@ -909,7 +909,7 @@ def average_gradients(optimizer, *_):
 def benchmark(s):
     """Time a step of each method on random pixels, SGD's first; print and return the rows."""
     from torch.utils.benchmark import Timer
-    x = torch.rand(s.batch_size, 32, 32, 3, device=s.device).permute(0, 3, 1, 2)  # as batches() makes them
+    x = torch.rand(s.batch_size, 32, 32, 3, device=s.device).permute(0, 3, 1, 2)  # as in batches()
     y = torch.arange(s.batch_size, device=s.device) % 10
     rows = []
     for method in dict.fromkeys(["sgd", *s.method]):
@@ -1013,8 +1013,8 @@ def table_of(rows):
         doubts = [doubt for r in runs for doubt in r["doubts"]]
         drops = [float(doubt.split()[-1]) for doubt in doubts if "another" in doubt]
         stronger = f"-{max(drops):.1f}" if drops else "?" * bool(doubts)
-        means = [f"{fmean(r[key] for r in runs):.1f}" for key in ("train_accuracy", "seconds")]
-        cells.append([label, str(len(runs)), *figures, stronger, *means])
+        last = fmean(r["train_accuracy"] for r in runs), min(r["seconds"] for r in runs)
+        cells.append([label, str(len(runs)), *figures, stronger, *map("{:.1f}".format, last)])
     return cells
 
 def show(records):

@@ -1245,7 +1245,7 @@ def test_tables_hold_mean_and_deviation_of_records_of_the_same_settings():
     assert sorted(map(len, tables)) == [3] * len(other) + [7]
     top, head, *rows = max(tables, key=len)
     assert top + head == "linf linf l2 l2 train train method seeds clean 1/255 2/255 16/255 32/255 stronger % s".split()
-    assert rows[0] == "sgd|2|52.0±2.8|43.5±4.9|40.0±0.0|40.0±0.0|40 49|98.5|20.0".split("|")  # 40 and 49: far apart
+    assert rows[0] == "sgd|2|52.0±2.8|43.5±4.9|40.0±0.0|40.0±0.0|40 49|98.5|10.0".split("|")  # 40 and 49: far apart
     assert [[row[0], row[1], row[7:]] for row in rows[1:]] == [
         ["sam rho 0.1", "1", ["99.0", "10.0"]], ["sam rho 0.2", "1", ["-10.5", "99.0", "10.0"]],
         ["at l2 128/255 steps 7", "1", ["99.0", "10.0"]], ["at linf 4/255", "1", ["?", "99.0", "10.0"]]]
