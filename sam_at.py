@@ -149,7 +149,7 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
 #    layer z = Wx an attack delta does what the move V = (W delta) x^T/|x|^2 of the weights does, and a move V
 #    does what the attack W^+ V x does (W^+: the pseudoinverse, W of full row rank): for one image, flat in
 #    the weights is flat against those attacks. But one v serves all images, where each has its own delta (a
-#    maximum of means is at most the mean of maxima), and all layers share one rho: SAM is the weaker dual.
+#    maximum of means is at most the mean of maxima), and one step spreads rho over all layers: SAM is weaker.
 def ascent(weights, grads, rho):
     """v = rho * g/|g|_2, one norm over all weights (Foret et al. 2021, eq. 2); where g is 0, so is v."""
     scale = rho / nn.utils.get_total_norm(grads).clamp_min(1e-12)
@@ -178,7 +178,7 @@ def perturbed(model, rho, ascend=ascent):
 
 # == 3. The three training steps ==========================================================================
 #    Each updates the weights once on one batch; they differ in where the gradient is taken. None of them
-#    differentiates through v or delta, though both depend on w. At an exact maximiser that is right: the
+#    differentiates through v or delta, though both depend on w. At a unique maximiser that is right: the
 #    gradient of a maximum is the gradient there (Danskin's theorem). PGD comes near; SAM's one step less so.
 #    Each returns the loss and the logits of its first gradient, detached.
 def gradient(model, x, y):
@@ -365,7 +365,7 @@ def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch
 # == 8. Variants: more ascents, networks and attacks ======================================================
 def adaptive_ascent(weights, grads, rho, eta=0.01):
     """ASAM: v = rho * T^2 g/|T g|_2, T = |w| + eta; T = 1 on biases and BatchNorm (Kwon et al. 2021, eq. 9).
-    Rescaled weights of the same function have a rescaled v. Takes about ten times SAM's rho."""
+    With eta = 0 and no biases, rescaled weights have a rescaled v. Takes about ten times SAM's rho."""
     T = [w.abs() + eta if w.ndim > 1 else torch.ones_like(w) for w in weights]
     v = ascent(weights, [t * g for t, g in zip(T, grads)], rho)
     return [t * a for t, a in zip(T, v)]
@@ -511,7 +511,7 @@ def demo_data(n_train=4000, n_test=1000, classes=10, seed=0):
     """The simplified model of section 10 as images, built to illustrate. Three features, the smaller the more
     reliable: coarse colours of rms 0.075, another class's in 6% of the images, which no delta of a few /255
     reaches; a tile of +-4/255, wrong in 1.5%, which AT's eps of 4/255 erases; a tile of +-0.75/255, never
-    wrong, which 1/255 erases. Strengths vary (0.4 to 1.6 times), so that robustness falls by degrees. SGD
+    wrong, which 1/255 erases: on average, as strengths vary (0.4 to 1.6), so robustness falls by degrees. SGD
     leans on all, SAM less on what small moves of the weights upset, AT on the coarse alone, and loses 5%."""
     rng = torch.Generator().manual_seed(seed)
     n = n_train + n_test
@@ -583,7 +583,7 @@ def load_data(name, directory):
 #        AT         the same with eta - eps for eta    w = ln(p/(1-p)) / (2 (eta - eps))    first order in eps
 #        SAM        max_w min(A(w - rho), A(w + rho))  w = w_standard (1 + rho^2/(3n))    second order in rho
 #    A' = 0 where p phi((w + eta n)/sqrt n) = (1-p) phi((eta n - w)/sqrt n); its logarithm is linear in w.
-#    AT moves each of the n features by eps against y; x_1 is out of its reach. For SAM expand
+#    AT moves each of the n features by eps < eta against y; x_1 is out of its reach. For SAM expand
 #    A(w + rho) = A(w - rho) at w_0 = w_standard: A'' (w - w_0) + A''' rho^2/6 = 0, A'''/A'' = -2 w_0/n.
 def simple_accuracy(w, p, eta, n):
     """A(w) = p Phi((w + eta n)/sqrt n) + (1-p) Phi((eta n - w)/sqrt n), w a tensor."""
@@ -621,7 +621,7 @@ def trained_w(step, p, eta, n, updates=200):
 
 def theory(p=0.9, eta=0.5, n=10, rhos=(0.5, 1.0, 2.0)):
     """The weight by closed form, by search, and as section 3 trains it: rows. "sam" ascends to the worst w;
-    along the gradient, below w_sam, it climbs the wrong side."""
+    along the gradient, between w_standard and w_sam, it climbs the wrong side."""
     A = partial(simple_accuracy, p=p, eta=eta, n=n)
     worst = lambda weights, grads, rho: [
         torch.full_like(weights[0], min(rho, -rho, key=lambda v: A(weights[0] + v)))]
