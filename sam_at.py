@@ -364,14 +364,14 @@ def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch
 
 # == 8. Variants: more ascents, networks and attacks ======================================================
 def adaptive_ascent(weights, grads, rho, eta=0.01):
-    """ASAM: v = rho * T^2 g/|T g|_2, T = |w| + eta; T = 1 on biases and BatchNorm (Kwon et al. 2021, eq. 9).
+    """ASAM: v = rho * T^2 g/|T g|_2, T = |w| + eta; T = 1 on biases and BatchNorm (Kwon et al. 2021, alg. 1).
     With eta = 0 and no biases, rescaled weights have a rescaled v. Takes about ten times SAM's rho."""
     T = [w.abs() + eta if w.ndim > 1 else torch.ones_like(w) for w in weights]
     v = ascent(weights, [t * g for t, g in zip(T, grads)], rho)
     return [t * a for t, a in zip(T, v)]
 
 def layerwise_ascent(weights, grads, gamma):
-    """AWP: v = gamma * |w| * g/|g| for each tensor; biases and BatchNorm stay (Wu et al. 2020, section 4.2).
+    """AWP: v = gamma * |w| * g/|g| for each tensor; biases and BatchNorm stay (Wu et al. 2020, section 4).
     AWP is sam_step on attacked images with this ascent."""
     scales = [gamma * w.norm() / g.norm().clamp_min(1e-12) if w.ndim > 1 else 0.0
               for w, g in zip(weights, grads)]
