@@ -9,7 +9,7 @@ Is a network whose loss is flat around its *weights* also flat around its *input
     AT    min_w  max_{|delta|_p <= eps}  L(w; x + delta, y)  the worst inputs near x: a delta for each image
 
 [1] and [2] claim that SAM alone gains robustness and keeps clean accuracy; AT gains more and loses some.
-Measured here (CIFAR-10 as JPEG; 3 seeds, AT 1): SAM, rho 0.2, +2 to +9, clean -0.4; AT +6 to +41, -1.2.
+Measured here (CIFAR-10 as JPEG): SAM, rho 0.2, +2 to +9, clean -0.4 (3 seeds); AT, 1/255, +6 to +41, -1.2.
 
     python sam_at.py                     train with SGD, SAM and AT, attack all three, print one table
     python sam_at.py --method sam        one of them
