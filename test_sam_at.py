@@ -569,22 +569,22 @@ def test_the_learning_rate_of_the_papers_recipe():
     assert (group["nesterov"], group["dampening"]) == (False, 0)
 
 @settings(max_examples=8)
-@given(seeds, st.integers(1, 30), st.integers(1, 9))
-def test_an_epoch_meets_every_image_once_and_averages_over_all(seed, n, batch_size):
-    torch.manual_seed(seed)
-    data = tiny_data(n, seed=seed, size=4)
-    model = tiny_net().eval()
+@given(seeds, st.integers(1, 30), st.integers(1, 9), st.sampled_from((1, 2)))
+def test_an_epoch_meets_every_image_once_and_averages_over_its_share(monkeypatch, seed, n, batch_size, world):
+    monkeypatch.setattr(sam_at, "WORLD", world)
+    data, model = tiny_data(n * world, seed=seed, size=4), tiny_net().eval()
     met = []
     def step(model, x, y, optimizer):
         assert model.training and len(x) <= batch_size
-        met.extend(zip(x.flatten(1).tolist(), y.tolist()))
+        met.extend(zip(map(tuple, x.flatten(1).tolist()), y.tolist()))
         optimizer.step()
         return torch.tensor(float(len(y))), F.one_hot(torch.zeros_like(y), 3).float()
-    row, = sam_at.train(model, data, step, *sam_at.make_optimizer(model, 0.1, 1), 1, batch_size)
-    assert sorted(met) == sorted(zip((data.x / 255).flatten(1).tolist(), data.y.tolist()))
-    sizes = [min(batch_size, n - i) for i in range(0, n, batch_size)]
-    assert row["epoch"] == 1 and row["loss"] == pytest.approx(sum(size * size for size in sizes) / n)
-    assert row["accuracy"] == pytest.approx(100 * int((data.y == 0).sum()) / n)
+    row, = sam_at.train(model, data, step, *sam_at.make_optimizer(model, 0.1, 1), 1, batch_size * world)
+    every = {*zip(map(tuple, (data.x / 255).flatten(1).tolist()), data.y.tolist())}
+    squares = sum(min(batch_size, n - i) ** 2 for i in range(0, n, batch_size))
+    assert len(met) == len({*met}) == n and {*met} <= every
+    assert (row["epoch"], row["loss"]) == (1, pytest.approx(squares / n))
+    assert row["accuracy"] == pytest.approx(100 * sum(y == 0 for _, y in met) / n)
 
 def test_images_are_shuffled_and_augmented_where_that_is_asked_for():
     data = tiny_data(8, size=8)
