@@ -1239,7 +1239,7 @@ def test_tables_hold_mean_and_deviation_of_records_of_the_same_settings():
     at = {"attack_steps": 7, "norm": "l2", "eps": 128 / 255}
     drops = [[], ["linf 2/255: fgsm takes another 2.5", "l2 1: it takes another 10.5", "random"], ["random"]]
     alike = [made_up("at", run=at), made_up("at", doubts=drops[2]), made_up("sam", doubts=drops[1]),
-             made_up("sam", run={"rho": 0.1}), made_up("sgd", run={"device": "cuda"}), made_up("sgd"),
+             made_up("sam", run={"rho": 0.1}), made_up("sgd", run={"device": "cuda", "compile": True}), made_up("sgd"),
              made_up("sgd", 54.0, [47.0, 40.0, 40.0, 49.0], run={"seed": 1}, seconds=30.0, train_accuracy=98.0)]
     text, tables = report_of(*alike, *(made_up("sgd", **difference) for difference in other))
     assert sorted(map(len, tables)) == [3] * len(other) + [7]
