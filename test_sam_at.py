@@ -744,9 +744,9 @@ def test_a_folder_is_read_class_by_class(part, tmp_path):
     data = sam_at.load_data("folder", root)
     assert data.x.shape == (6, 3, 32, 32) and data.x.dtype == torch.uint8 and data.augment
     assert data.classes == ["cat", "dog"] and data.y.tolist() == [0, 0, 0, 1, 1, 1] == data.y_test.tolist()
-    colours = [(80 * c, 60, 20 * i) for c in (0, 1) for i in range(3)]
-    assert [tuple(image[:, 5, 5].tolist()) for image in data.x] == colours
+    assert data.x[:, :, 5, 5].tolist() == [[c, 60, i] for c in (0, 80) for i in (0, 20, 40)]
     assert (data.source, data.note) == (root.name, "")
+    assert cli(*QUICK, "--dataset", "folder", "--data-dir", root)[0] == 0  # a channel is the same everywhere
     for about, source, note in ("", root.name, ""), ("Kätzchen\nDrawn.\nSmall.\n", "Kätzchen", "Drawn. Small."):
         (root / "SOURCE.txt").write_text(about, "utf-8")
         data = sam_at.load_folder(root)
@@ -901,7 +901,7 @@ def seen(monkeypatch):
     def stand_in(stage, *given, **named):
         names = STAGES[stage].__code__.co_varnames
         call = dict(zip(names, given)) | named
-        calls[stage].append(call | {"seed_then": torch.initial_seed()})
+        calls[stage].append(call | {"drawn": float(torch.rand(()))})
         return STAGES[stage](*map(call.get, names))
     for stage in STAGES:
         place = torch if stage == "compile" else sam_at
@@ -935,7 +935,7 @@ def test_every_flag_arrives(seen):
     assert training["model"].bf16 and len(seen["compile"]) == 1
     sam = partial(sam_at.sam_step, rho=0.3)
     assert same_steps([training], partial(sam_at.at_step, eps=3 / 255, norm="l2", steps=7, step=sam))
-    assert {call["seed_then"] for call in [model, *evaluations]} == {11}
+    assert {call["drawn"] for call in [model, *evaluations]} == {float(pixels(1, seed=11))}  # each alike
     assert each(evaluations, "attacks") == [([attack],) for attack in attacks]
     assert each(seen["doubts"], "names", "seed") == [(attacks, 11)]
     chosen = torch.arange(9) * 200 // 9
@@ -952,7 +952,7 @@ def test_a_method_is_the_step_of_its_name(seen):
     cli("--method", "sgd", "sam", "asam", "esam", "at", "sam+at", "awp", "--no-bf16")
     assert same_steps(seen["train"], sam_at.sgd_step, sam, asam, esam, at, partial(at, step=sam), awp)
     assert not seen["compile"] and not any(call["model"].bf16 for call in seen["train"])
-    assert {*each(seen["make_model"], "seed_then")} == {(0,)}
+    assert {*each(seen["make_model"], "drawn")} == {(float(pixels(1, seed=0)),)}
 
 @pytest.mark.parametrize("flags, eps", [
     ("", 4 / 255), ("--norm l2", 128 / 255), ("--norm l2 --eps 0.25", 0.25), ("--preset paper", 8 / 255),
@@ -1329,13 +1329,13 @@ def test_report_and_pictures_gather_records_and_write_where_they_are_told(quick,
     axes, dots = pytest.importorskip("matplotlib.axes").Axes, []
     monkeypatch.setattr(axes, "plot", lambda *a, plot=axes.plot, **how: dots.append(a[1:3]) or plot(*a, **how))
     cli(*QUICK, "--runs", "mine")
-    made = [made_up("sgd"), made_up("sam", 51.0), made_up("sgd", run={"data_sha256": "1"})]
+    made = [made_up("sgd"), made_up("sam", 51.0), made_up("esam", figures={"rho 0.1": 0.2, "l2 1": 0.7})]
     first = report_of(*made)
     made += records_of("mine")
     assert [json.loads(line) for line in open("there/results/records.jsonl")] == made and report_of(*made) == first
     assert cli("--pictures", "there", "--runs", "mine")[::2] == (0, "")
     assert [p.read_bytes()[:4] for p in Path("there/results").glob("*.png")] == 3 * [b"\x89PNG"]
-    assert ([40.0], [51.0]) in dots  # SAM's: to the right under attack, upwards clean
+    assert ([40.0], [51.0]) in dots and ([0.7], [0.2]) in dots  # upwards: clean, around the weights
     assert sorted(os.listdir()) == ["mine", "there"]
 
 @pytest.mark.parametrize("clean, robust, says", [
