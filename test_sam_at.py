@@ -504,8 +504,7 @@ def test_a_preactivation_block_is_its_formula(c_in, c_out, stride):
     h = F.relu(block.bn1(x))
     branch = F.conv2d(h, block.conv1.weight, stride=stride, padding=1)
     branch = F.conv2d(F.relu(block.bn2(branch)), block.conv2.weight, padding=1)
-    plain = stride == 1 and c_in == c_out
-    skip = x if plain else F.conv2d(h, block.shortcut.weight, stride=stride)
+    skip = x if (c_in, 1) == (c_out, stride) else F.conv2d(h, block.shortcut.weight, stride=stride)
     assert torch.allclose(block(x), skip + branch, atol=1e-5)
 
 @pytest.mark.parametrize("name, width", [("prn18", 4), ("small", 4), ("wrn28_10", 1), ("deit_ti", 6)])
@@ -854,7 +853,8 @@ def test_the_expansions_are_right_to_their_order(p, eta, n):
 
 def test_theory_agrees_with_itself_three_times_over():
     """The radii are those of the rule eta/eps = 1 + 3n/rho^2, at which AT and SAM end at the same weight."""
-    rows = sam_at.theory()
+    assert "closed_form" in cli(*QUICK, "--theory", "--json", "rows.json")[1] and os.listdir() == ["rows.json"]
+    rows = json.loads(Path("rows.json").read_text())
     assert [r["training"] for r in rows] == ["sgd", *["at"] * 3, *["sam"] * 3, "sam, its gradient"]
     for r in rows:
         assert r["numerical"] == pytest.approx(r["closed_form"], rel=0.002)
@@ -923,15 +923,14 @@ def test_every_flag_arrives(seen):
         --data-dir pics --model prn18 --width 5 --epochs 4 --batch-size 6 --lr 0.03 --bf16 --compile
         --seed 11 --eval-steps 13 --restarts 3 --images 9 --runs elsewhere --json out.json --device cpu"""
     attacks = ["fgsm 1/255", "l2 0.5"]
-    assert cli(*flags.split(), "--attacks", *attacks)[::2] == (0, "")
+    assert cli(*flags.split(), "--attacks", *attacks, *attacks)[::2] == (0, "")  # each once
     (model,), (training,), evaluations = seen["make_model"], seen["train"], seen["evaluate"]
     assert each(seen["load_data"], "name", "directory") == [("folder", "pics")]
     whole = tiny_data(200)
     assert model.items() >= {"name": "prn18", "classes": 3, "width": 5}.items()
     for found, f in zip(model["mean_std"], (torch.mean, torch.std)):
         assert found == pytest.approx([float(f(whole.x[:, c] / 255)) for c in range(3)], rel=1e-4)
-    assert each([training], "epochs", "batch_size") == [(4, 6)]
-    assert training["optimizer"].defaults["lr"] == 0.03
+    assert (training["epochs"], training["batch_size"], training["optimizer"].defaults["lr"]) == (4, 6, 0.03)
     assert training["model"].bf16 and len(seen["compile"]) == 1
     sam = partial(sam_at.sam_step, rho=0.3)
     assert same_steps([training], partial(sam_at.at_step, eps=3 / 255, norm="l2", steps=7, step=sam))
@@ -975,8 +974,8 @@ def test_presets_are_the_papers_recipe_and_the_demos(flags, eps, seen):
     assert each(seen["evaluate"], "attacks", "steps", "restarts") == 3 * attacks
     assert {len(call["images"]) for call in seen["evaluate"]} == {200}
 
-DECIDES = """rho=0.3 eps=2/255 norm=l2 attack-steps=3 dataset=cifar10 model=prn18 width=3 epochs=3
-    batch-size=9 lr=0.2 bf16 compile seed=1 method=awp awp-gamma=0.3"""
+DECIDES = """rho=0 eps=2/255 norm=l2 attack-steps=3 dataset=cifar10 model=prn18 width=3 epochs=3
+    batch-size=9 lr=0.2 bf16 compile seed=1 method=awp awp-gamma=0"""
 MEASURES = "attacks=fgsm_1/255 eval-steps=3 restarts=2 images=7 sharpness json=table.json"
 ELSEWHERE = "preset data-dir device runs theory benchmark report pictures"
 
@@ -1014,7 +1013,7 @@ BAD = """eps 8 > radius '8'; eps 0 > eps; eps x > eps; eps 8/0 > eps; eps nan > 
     device cuda > device; model deit_ti --width 4 > width; data-dir pics > dataset; dataset folder > data-dir
     dataset tiny-imagenet > data-dir; runs /dev/null > /dev/null; dataset folder --data-dir nowhere > nowhere
     report . > no records; pictures . > matplotlib; report . --runs none > none; json mine > mine
-    width 900000000 > width; report _ > empty; pictures _ > empty; json _ > empty"""
+    width 900000000 > width; report _ > empty; pictures _ > empty; json _ > empty; data-dir _ > empty"""
 
 @pytest.mark.parametrize("case", [case.strip() for case in BAD.replace("\n", ";").split(";")])
 def test_bad_input_is_one_message_and_exit_code_2(case, tiny_demo, monkeypatch):
@@ -1333,7 +1332,7 @@ def test_report_and_pictures_gather_records_and_write_where_they_are_told(quick,
     first = report_of(*made)
     made += records_of("mine")
     assert [json.loads(line) for line in open("there/results/records.jsonl")] == made and report_of(*made) == first
-    assert cli("--pictures", "there", "--runs", "mine")[::2] == (0, "")
+    assert cli("--report", "there", "--pictures", "there", "--runs", "mine")[::2] == (0, "")
     assert [p.read_bytes()[:4] for p in Path("there/results").glob("*.png")] == 3 * [b"\x89PNG"]
     assert ([40.0], [51.0]) in dots and ([0.7], [0.2]) in dots  # upwards: clean, around the weights
     assert sorted(os.listdir()) == ["mine", "there"]
@@ -1342,9 +1341,10 @@ def test_report_and_pictures_gather_records_and_write_where_they_are_told(quick,
     (-1.3, 1.3, "no clear difference"), (-1.5, 1.3, "-1.5 clean"), (-1.5, 9, "-1.5 clean, +9.0 a")])
 def test_a_run_ends_with_what_clearly_differs_from_sgd(clean, robust, says, capsys):
     """10,000 images at about 50%: an error of 0.5 each, so two standard errors of a difference are 1.41."""
-    sam = made_up("sam", 50.0 + clean, [50.0 + robust], ["a"])
-    sam_at.show([made_up("sgd", 50.0, [50.0], ["a"]), sam])
+    runs = [made_up("sgd", 50.0, [50.0], ["a"]), made_up("sam", 50.0 + clean, [50.0 + robust], ["a"])]
+    sam_at.show(runs)
     out = " ".join(capsys.readouterr().out.split())
     assert f"sam rho 0.2 1 {50.0 + clean} {50.0 + robust} " in out and out.endswith(f"against sgd: {says}")
-    sam_at.show([sam])
+    sam_at.show(runs[1:])
+    sam_at.show([r | {"how": {"sharpness": True}} for r in runs])  # rises of the loss
     assert "against" not in capsys.readouterr().out
