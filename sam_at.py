@@ -9,7 +9,7 @@ Is a network whose loss is flat around its *weights* also flat around its *input
     AT    min_w  max_{|delta|_p <= eps}  L(w; x + delta, y)  the worst inputs near x: a delta for each image
 
 [1] and [2] claim that SAM alone gains robustness and keeps clean accuracy; AT gains more and loses some.
-Measured here (CIFAR-10 as JPEG): SAM, rho 0.2, +2 to +9, clean -0.4 (3 seeds); AT, 1/255, +6 to +41, -1.2.
+Points against SGD here (CIFAR-10 as JPEG): SAM, rho 0.2, +2 to +9, clean -0.4; AT, 1/255, +6 to +41, -1.2.
 
     python sam_at.py                     train with SGD, SAM and AT, attack all three, print one table
     python sam_at.py --method sam        one of them
@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import distributed, nn
 from torch.utils._pytree import tree_leaves
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets both, see section 14
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 class BadInput(ValueError, argparse.ArgumentTypeError):
@@ -60,7 +60,7 @@ def steepest(g, norm):
     if norm == "linf":
         return g.sign()
     largest = g.abs().amax(tuple(range(1, g.ndim)), keepdim=True)
-    g = g / largest.clamp_min(1e-38)  # so that squares do not underflow
+    g = g / largest.clamp_min(1e-38)  # squares must not underflow
     return g / l2_norm(g).clamp_min(1e-38)
 
 def project(delta, eps, norm):
@@ -128,7 +128,7 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
     x_adv = (x + delta).clamp(0, 1)
     left = torch.arange(len(x), device=x.device)  # the images that are still attacked
     with restored(model):
-        model.requires_grad_(False)  # or torch.compile makes weight gradients for nobody
+        model.requires_grad_(False)  # or torch.compile makes their gradients too
         for _ in range(steps):
             g, fooled = input_gradient(model, x_adv[left], y[left], loss)
             if stop_when_fooled:
@@ -168,8 +168,8 @@ def perturbed(model, rho, ascend=ascent):
     moves = ascend([*map(wide, before)], [wide(w.grad) for w in weights], rho) if weights else []
     try:
         for w, v in zip(weights, moves):
-            w.data = (w.data + v).to(w.dtype)
-        torch.clear_autocast_cache()  # a caller's autocast keeps copies of w
+            w.data = w.data.clone().add_(v)  # in w's memory layout
+        torch.clear_autocast_cache()  # autocast keeps copies of w
         yield
     finally:
         for w, w_before in zip(weights, before):
@@ -245,7 +245,7 @@ def preact_resnet(classes, width=64, stages=(1, 2, 4, 8), blocks=2):
 
 class Classifier(nn.Module):
     """logits = net((x - mean) / std): the normalisation is inside, so x, delta and eps are always pixels.
-    With bf16 = True it multiplies in bfloat16 in training. Evaluation is always in float32."""
+    With bf16 = True it multiplies in bfloat16 in training, never in evaluation."""
     def __init__(self, net, mean, std):
         super().__init__()
         self.net, self.bf16 = net, False
@@ -351,7 +351,7 @@ def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch
             is_right = logits.argmax(1) == y
             right["clean"] += int(is_right.sum())
             for name, attack in attacks.items():
-                x_left, y_left = x[is_right], y[is_right]  # what is wrong already needs no attack
+                x_left, y_left = x[is_right], y[is_right]  # what is wrong needs no attack
                 for _ in range(restarts if getattr(attack, "func", None) is pgd else 1):
                     if len(x_left):
                         x_adv = torch.enable_grad()(attack)(model, x_left, y_left)
@@ -430,7 +430,7 @@ def fgsm(model, x, y, eps):
     return pgd(model, x, y, eps, steps=1, step_size=eps, random_start=False)
 
 def margin(logits, y):
-    """max_{j != y} z_j - z_y (Carlini and Wagner 2017): its gradient stays where the network is sure."""
+    """max_{j != y} z_j - z_y, minus the margin (Carlini and Wagner 2017): steep where the network is sure."""
     others = logits.scatter(1, y[:, None], -math.inf).amax(1)
     return (others - logits.gather(1, y[:, None])[:, 0]).sum()
 
@@ -504,7 +504,7 @@ def refused(what):
     """Inside the block whatever goes wrong is BadInput: what, and the error's first line in brackets."""
     try:
         yield
-    except Exception as error:  # libraries raise a dozen classes for broken files
+    except Exception as error:  # libraries raise a dozen classes
         raise BadInput(f"{what} ({(str(error) or repr(error)).splitlines()[0]})") from None
 
 def demo_data(n_train=4000, n_test=1000, classes=10, seed=0):
@@ -569,7 +569,7 @@ def load_data(name, directory):
         return load_folder(directory) if name != "demo" else demo_data()
     from torchvision import datasets
     tensors = []
-    with refused(f"{name} is not in {directory} and cannot be downloaded; --preset demo can"):
+    with refused(f"{name} is not in {directory} and cannot be downloaded; --dataset demo needs none"):
         for train in True, False:
             part = getattr(datasets, name.upper())(directory, train, download=True)
             x = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
@@ -600,7 +600,7 @@ def w_sam(p, eta, n, rho):
 
 class OneWeight(nn.Module):
     """That classifier as a network. Its "image" holds the mean values of the n features, eta each, as pixels
-    1/2 + eta/40; its cross-entropy at label 0 is 2 - A(w)."""
+    1/2 + eta/40 (40 keeps them in [0,1]); its cross-entropy at label 0 is 2 - A(w)."""
     def __init__(self, p, n, w):
         super().__init__()
         self.p, self.n, self.w = p, n, nn.Parameter(torch.tensor([w], dtype=torch.float64))
@@ -639,9 +639,9 @@ def theory(p=0.9, eta=0.5, n=10, rhos=(0.5, 1.0, 2.0)):
             for training, radius, closed, gain, step in cases]
 
 # == 11. The duality, measured: does flat around the weights go with flat around the inputs? ==============
-def sharpness(model, x, y, norm, rhos=(0.05, 0.1, 0.2), radii=("1/255", "2/255")):
-    """How far the mean loss on pixels x rises at SAM's ascent of length rho, and under PGD-10 of radius eps,
-    in eval mode: {"rho 0.1": nats, .., "linf 1/255": nats, ..}."""
+def sharpness(model, x, y, rhos=(0.05, 0.1, 0.2), attacks=ATTACKS):
+    """How far the mean loss on pixels x rises at SAM's ascent of length rho, and under PGD-10, in eval mode:
+    {"rho 0.1": nats, .., "linf 1/255": nats, ..}."""
     rises = {}
     with restored(model):
         model.eval()
@@ -651,7 +651,7 @@ def sharpness(model, x, y, norm, rhos=(0.05, 0.1, 0.2), radii=("1/255", "2/255")
             with perturbed(model, rho):
                 rises[f"rho {rho}"] = rise(x)
         model.zero_grad()
-        for eps in radii:
+        for norm, eps in map(str.split, attacks):
             rises[f"{norm} {eps}"] = rise(pgd(model, x, y, radius(eps), norm))
     return rises
 
@@ -704,7 +704,7 @@ class Settings:
     eval_steps: int = setting(10, "PGD's steps, each of eps/4")
     restarts: int = setting(1, "PGD's random starts, all to withstand")
     images: int = setting(None, "test images to attack, evenly spaced (default: all)")
-    sharpness: bool = setting(False, "measure how the loss rises around weights and inputs")
+    sharpness: bool = setting(False, "no attacks: the loss's rise around weights and inputs")
     json: str = setting(None, "new file for the final table")
     theory: bool = setting(False, "just the simplified model: solved, searched, trained")
     benchmark: bool = setting(False, "just time a step of each method")
@@ -755,19 +755,19 @@ def main(argv=None):
         code, message = 2, (str(error).splitlines() or ["out of memory"])[0]
     except KeyboardInterrupt:
         code, message = 130, "interrupted; the same command goes on"
-    if RANK == 0:
+    if RANK == 0 or "out of memory" in message:
         print(f"sam_at.py: {message}", file=sys.stderr)
     return code
 
 def perform(s):
     """Do what the settings say; returns rows, for --json."""
+    torch.backends.cudnn.allow_tf32 = False  # attacks want all 23 bits
     modes = [mode for mode in (report, pictures, benchmark) if getattr(s, mode.__name__)]
     if modes:
         return [mode(s) for mode in modes][-1]
     if s.theory:
         print(align(rows := theory()))
         return rows
-    torch.backends.cudnn.allow_tf32 = False  # evaluation needs all 23 bits of a gradient
     start_processes(s)
     data = load_data(s.dataset, s.data_dir or "data")
     print(f"{data.source}, {len(data.x)} and {len(data.x_test)} images; {s.model} on {s.device}")
@@ -816,7 +816,8 @@ def read_records(path):
 def build(s, classes, mean_std):
     """The network on its device, the same for training (compiled or not), its optimizer and schedule."""
     torch.manual_seed(s.seed)  # one start and the same batches for all
-    model = make_model(s.model, classes, mean_std, s.width).to(s.device)
+    with refused(f"--model {s.model} --width {s.width}: cannot be built"):
+        model = make_model(s.model, classes, mean_std, s.width).to(s.device)
     model.bf16 = s.bf16
     adamw = [partial(torch.optim.AdamW, weight_decay=0.05)] * (s.model == "deit_ti")
     fast = torch.compile(model, dynamic=False) if s.compile else model
@@ -826,20 +827,19 @@ def run(method, s, data):
     """Train one network, or go on where it stopped, and measure it. Returns its record."""
     this = {"method": method, "data_sha256": sha256([data.x, data.y, data.x_test, data.y_test])}
     this |= {key: getattr(s, key) for key in METHODS[method][0] + SHARED}  # decides the weights
+    this["device"] += f" x {WORLD}" if WORLD > 1 else ""  # so do shares
     how = {"attacks": s.attacks, "eval_steps": s.eval_steps, "restarts": s.restarts, "images": s.images}
-    how = {"sharpness": True, "norm": s.norm, "images": s.images or 1000} if s.sharpness else how
+    how = {"sharpness": True, "images": s.images or 1000} if s.sharpness else how
     label, log = label_of(this), []
     name = f"{s.dataset}-{s.model}-{label}-seed{s.seed}-{sha256(json.dumps(this))[:8]}"
     folder = Path(s.runs, name.replace(" ", "-").replace("/", "_"))
     results, checkpoint = folder / "results.jsonl", folder / "checkpoint.pt"
-    records = read_records(results) if results.exists() else []
-    for record in records:
+    for record in read_records(results) if results.exists() else []:
         if record["how"] == how:
             print(f"{label}  reported from {results}", flush=True)
             return record
     std, mean = torch.std_mean(data.x.float() / 255, dim=(0, 2, 3))
-    with refused(f"--model {s.model} --width {s.width}: cannot be built"):
-        model, fast, optimizer, schedule = build(s, len(data.classes), (mean, std.clamp_min(1e-3)))
+    model, fast, optimizer, schedule = build(s, len(data.classes), (mean, std.clamp_min(1e-3)))
     folder.mkdir(parents=True, exist_ok=True)
     results.open("a").close()  # fails now if it cannot be written
     rng = torch.cuda if s.device == "cuda" else torch
@@ -868,7 +868,7 @@ def run(method, s, data):
     torch.manual_seed(s.seed)
     x, y = spaced(how["images"], data.x_test, data.y_test)
     if s.sharpness:
-        figures, found = sharpness(model, x.float() / 255, y, s.norm), []
+        figures, found = sharpness(model, x.float() / 255, y), []
     else:
         figures = {}
         for attack in s.attacks:
@@ -881,7 +881,7 @@ def run(method, s, data):
               "seconds": s.epochs * min(row["seconds"] for row in log), "train_accuracy": log[-1]["accuracy"],
               "data": data.source, "note": data.note, "machine": machine, "torch": torch.__version__,
               "date": time.strftime("%Y-%m-%d"), "code": sha256(Path(__file__).read_bytes())[:12]}
-    write_whole(results, "".join(json.dumps(r) + "\n" for r in [*records, record]).encode())
+    write_whole(results, results.read_bytes() + (json.dumps(record) + "\n").encode())
     return record
 
 # == 14. More than one device =============================================================================
