@@ -443,7 +443,7 @@ def autoattack(steps, norm, eps):
         plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
         auto, others = AutoAttack(plain, device=x.device, **given), model(x[:1]).shape[1] - 1
         auto.apgd_targeted.n_target_classes = auto.fab.n_target_classes = min(9, others)
-        if others < 3:  # the targeted loss wants four logits
+        if others < 3:  # its loss wants four logits
             auto.attacks_to_run.remove("apgd-t")
         with torch.random.fork_rng([x.device] * x.is_cuda):
             return auto.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))[0]
@@ -744,7 +744,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """The command line. Returns the exit code: 0; 2 after a line on what cannot be done; 130 after Ctrl-C."""
     with suppress(AttributeError):
-        sys.stdout.reconfigure(errors="replace")  # the terminal may lack a letter of a name
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a name's letter
     try:
         s = parse_args(argv)
         rows = perform(s)
@@ -841,7 +841,7 @@ def run(method, s, data):
     std, mean = torch.std_mean(data.x.float() / 255, dim=(0, 2, 3))
     model, fast, optimizer, schedule = build(s, len(data.classes), (mean, std.clamp_min(1e-3)))
     folder.mkdir(parents=True, exist_ok=True)
-    results.open("a").close()  # fails now if it cannot be written
+    results.open("a").close()  # fails now if it may
     rng = torch.cuda if s.device == "cuda" else torch
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if checkpoint.exists():
@@ -1066,8 +1066,8 @@ def report(s):
         if keys == ["clean", *ATTACKS]:
             for claim, text in verdicts(rows).items():
                 found[claim].append(f"table {number}: {text}")
-    head = ["# Results\n", "Written by `--report .`. To repeat a row, add its radius, `--method`,",
-            "`--seed`, `--data-dir` to the table's flags.\n", "| claim | does it hold? |\n|---|---|"]
+    head = ["# Results\n", "Written by `--report .`. To repeat a row, give the table's flags, `--data-dir`,",
+            "its `--method`, radius, `--seed`, its columns as `--attacks`.\n", "| claim | does it hold? |\n|---|---|"]
     head += [f"| {c}. {CLAIMS[c]}. | {'<br>'.join(found[c]) or 'open'} |" for c in CLAIMS]
     head += ["\nTo gain: by over two standard errors (clear; of one seed, the images') under every attack.",
              "31 29: seeds apart. Stronger: what other attacks took. Train s: epochs x the fastest.\n"]
