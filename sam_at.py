@@ -1067,7 +1067,7 @@ def report(s):
             for claim, text in verdicts(rows).items():
                 found[claim].append(f"table {number}: {text}")
     head = ["# Results\n", "Written by `--report .`. To repeat a row, give the table's flags, `--data-dir`,",
-            "its `--method`, radius, `--seed`, its columns as `--attacks`.\n", "| claim | does it hold? |\n|---|---|"]
+            "`--seed`, the row's, and the columns as `--attacks`.\n", "| claim | does it hold? |\n|---|---|"]
     head += [f"| {c}. {CLAIMS[c]}. | {'<br>'.join(found[c]) or 'open'} |" for c in CLAIMS]
     head += ["\nTo gain: by over two standard errors (clear; of one seed, the images') under every attack.",
              "31 29: seeds apart. Stronger: what other attacks took. Train s: epochs x the fastest.\n"]
