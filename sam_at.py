@@ -123,6 +123,7 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
         raise BadInput(f"norm {norm!r}, eps {eps}, steps {steps}: expected 'linf' or 'l2', "
                          "eps in the unit of the pixels (8/255, not 8), steps >= 0")
     check(x, y, look=not (model.training and x.is_cuda))  # no waiting for the GPU
+    x = x.detach()
     step_size = eps / 4 if step_size is None else step_size
     delta = random_delta(x, eps, norm) if random_start else torch.zeros_like(x)
     x_adv = (x + delta).clamp(0, 1)
@@ -143,13 +144,12 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
 #    The same maximum over the weights: L(w + v) = L(w) + <g, v> with g = dL/dw is largest at v = rho g/|g|_2.
 #        AT    delta <- P(delta + step * steepest(g)),  g = dL/dx:  one norm an image, several steps
 #        SAM   v     =  rho * g/|g|_2,                  g = dL/dw:  one norm over all weights, one step
-#    'Dual' means this: one maximum, over either factor of w.x (it is not Lagrange's duality). On a linear
-#    score both maxima are exact and lower the margin: delta (l2) by eps|w| for each image; v by rho|x|, as
-#    the line tilts, more for far images. They take the same amount where rho|x| = eps|w|. In a dense first
-#    layer z = Wx an attack delta does what the move V = (W delta) x^T/|x|^2 of the weights does, and a move V
-#    does what the attack W^+ V x does (W^+: the pseudoinverse, W of full row rank): for one image, flat in
-#    the weights is flat against those attacks. But one v serves all images, where each has its own delta (a
-#    maximum of means is at most the mean of maxima), and one step spreads rho over all layers: SAM is weaker.
+#    'Dual' means: one maximum, over either factor of w.x. On a linear score both maxima are exact and lower
+#    the margin: delta (l2) by eps|w| for each image, v by rho|x|, more for far images; by the same where
+#    rho|x| = eps|w|. In a dense first layer z = Wx an attack delta does what the move V = (W delta) x^T/|x|^2
+#    of the weights does, and V what the attack W^+ V x does (pseudoinverse; W of full row rank): flat in the
+#    weights is, for one image, flat against those attacks. But one v serves all images (a maximum of means is
+#    at most the mean of maxima), and its one step spreads rho over all layers: SAM is weaker.
 def ascent(weights, grads, rho):
     """v = rho * g/|g|_2, one norm over all weights (Foret et al. 2021, eq. 2); where g is 0, so is v."""
     scale = rho / nn.utils.get_total_norm(grads).clamp_min(1e-12)
@@ -180,7 +180,7 @@ def perturbed(model, rho, ascend=ascent):
 #    Each updates the weights once on one batch; they differ in where the gradient is taken. None of them
 #    differentiates through v or delta, though both depend on w. At a unique maximiser that is right: the
 #    gradient of a maximum is the gradient there (Danskin's theorem). PGD comes near; SAM's one step less so.
-#    Each returns the loss and the logits of its first gradient, detached.
+#    Each returns the loss and the logits of its first gradient in w, detached.
 def gradient(model, x, y):
     """Put dL/dw on the weights, in place of what lay there; return loss and logits."""
     model.zero_grad()
@@ -332,8 +332,8 @@ def parse_attack(text, steps=10):
 
 @torch.no_grad()
 def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch_size=500):
-    """Accuracy in percent: {"clean": .., name of an attack: .., ...}.
-    images: uint8, or float pixels in [0,1], (N, 3, H, W).  attacks: names, or {name: function}.
+    """Accuracy in percent: {"clean": .., name of an attack: .., ...}.  attacks: names, or {name: function}.
+    images: uint8, or float pixels in [0,1], (N, 3, H, W), on the model's device.
     An image is robust if it is right and stays so at every step of PGD from each of `restarts` starts."""
     if images.ndim != 4 or not len(images) or len(images) != len(labels):
         raise BadInput(f"images {[*images.shape]}, labels {[*labels.shape]}: expected (N, 3, H, W), (N,)")
@@ -373,9 +373,7 @@ def adaptive_ascent(weights, grads, rho, eta=0.01):
 def layerwise_ascent(weights, grads, gamma):
     """AWP: v = gamma * |w| * g/|g| for each tensor; biases and BatchNorm stay (Wu et al. 2020, section 4).
     AWP is sam_step on attacked images with this ascent."""
-    scales = [gamma * w.norm() / g.norm().clamp_min(1e-12) if w.ndim > 1 else 0.0
-              for w, g in zip(weights, grads)]
-    return [scale * g for scale, g in zip(scales, grads)]
+    return [ascent([w], [g], gamma * w.norm())[0] if w.ndim > 1 else 0 * g for w, g in zip(weights, grads)]
 
 def esam_step(model, x, y, optimizer, rho, beta=0.5, gamma=0.5):
     """ESAM (Du et al. 2022, algorithm 1). Each weight tensor climbs with probability beta, one at least, by
@@ -430,7 +428,7 @@ def fgsm(model, x, y, eps):
     return pgd(model, x, y, eps, steps=1, step_size=eps, random_start=False)
 
 def margin(logits, y):
-    """max_{j != y} z_j - z_y, minus the margin (Carlini and Wagner 2017): steep where the network is sure."""
+    """max_{j != y} z_j - z_y, the margin negated (Carlini, Wagner 2017): steep where the network is sure."""
     others = logits.scatter(1, y[:, None], -math.inf).amax(1)
     return (others - logits.gather(1, y[:, None])[:, 0]).sum()
 
@@ -471,19 +469,20 @@ def doubts(model, images, labels, names, steps=10, restarts=1, seed=0):
         torch.manual_seed(seed)
         model.eval()
         logits, (g, _) = model(x), input_gradient(model, x, y, cross_entropy)
-        zero = 100 * float((g.flatten(1) == 0).all(1).float().mean())
+        zero = 100 * float((steepest(g, "linf").flatten(1) == 0).all(1).float().mean())
         found = ["two passes disagree: the model is random"] * (not logits.allclose(model(x), 0, 1e-3))
         if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3:
             found.append("the outputs are probabilities, not logits")
         if zero > 1:
-            found.append(f"the gradient is zero for {zero:.0f}% of images")
+            found.append(f"the gradient is zero or NaN for {zero:.0f}% of images")
         for norm, name in {name.split()[0]: name for name in names}.items():  # the largest
             weak = accuracy(name, steps, restarts)
             others = [name, f"margin {name}", f"fgsm {name.split()[1]}"][:3 if norm == "linf" else 2]
             for other, more in zip(others, (max(50, steps), steps, 1)):
-                strong = accuracy(other, more, restarts + 1)
-                if weak - strong > 1:
-                    found.append(f"{name}: {other} with {more} steps takes another {weak - strong:.1f}")
+                drop = weak - accuracy(other, more, restarts + 1)
+                if drop > 1:
+                    how = f"{other}, {more} steps, {restarts + 1} starts"
+                    found.append(f"{name}: {how}, takes another {drop:.1f}")
     return found
 
 # == 9. Where the data comes from =========================================================================
@@ -508,11 +507,10 @@ def refused(what):
         raise BadInput(f"{what} ({(str(error) or repr(error)).splitlines()[0]})") from None
 
 def demo_data(n_train=4000, n_test=1000, classes=10, seed=0):
-    """The simplified model of section 10 as images, built to illustrate. Three features, the smaller the more
-    reliable: coarse colours of rms 0.075, another class's in 6% of the images, which no delta of a few /255
-    reaches; a tile of +-4/255, wrong in 1.5%, which AT's eps of 4/255 erases; a tile of +-0.75/255, never
-    wrong, which 1/255 erases: on average, as strengths vary (0.4 to 1.6), so robustness falls by degrees. SGD
-    leans on all, SAM less on what small moves of the weights upset, AT on the coarse alone, and loses 5%."""
+    """Section 10's model as images, to illustrate. Three features, the smaller the more reliable: coarse
+    colours of rms 0.075, another class's in 6%, out of reach of a few /255; a tile of +-4/255, wrong in 1.5%,
+    which AT erases; one of +-0.75/255, never wrong, which 1/255 erases. Strengths vary, so robustness falls
+    by degrees. SGD leans on all, SAM less on what small moves of the weights upset, AT on the coarse."""
     rng = torch.Generator().manual_seed(seed)
     n = n_train + n_test
     y = torch.randint(classes, (n,), generator=rng)
@@ -676,7 +674,7 @@ def setting(default, text, *choices, **options):
     return field(default=default, metadata={"help": text, **options})
 
 CUDA, CPU = torch.cuda.is_available(), torch.cpu.get_capabilities()
-BF16 = torch.cuda.is_bf16_supported(False) if CUDA else CPU.get("avx512_bf16", False)
+BF16 = {"cuda": CUDA and torch.cuda.is_bf16_supported(False), "cpu": CPU.get("avx512_bf16", False)}
 
 @dataclass
 class Settings:
@@ -684,7 +682,7 @@ class Settings:
     method: str = setting(("sgd", "sam", "at"), "what to train", *METHODS, nargs="+")
     preset: str = setting("demo", "embedded data; or the papers' recipe", "demo", "paper")
     rho: float = setting(0.15, "SAM's radius; asam wants ten times as much")
-    awp_gamma: float = setting(0.005, "awp's radius over the norm of a layer's weights")
+    awp_gamma: float = setting(0.005, "awp's radius over a layer's norm")
     eps: float = setting(None, "AT's radius (default: demo 4/255, paper 8/255, l2 128/255)", type=radius)
     norm: str = setting("linf", "AT's norm", "linf", "l2")
     attack_steps: int = setting(5, "AT's steps, each of eps/4")
@@ -695,7 +693,7 @@ class Settings:
     epochs: int = setting(10, "passes over the training images")
     batch_size: int = setting(128, "images a step, over all devices")
     lr: float = setting(None, "learning rate (default: 0.1; deit_ti: AdamW, 0.001)")
-    bf16: bool = setting(BF16, "train in bfloat16; evaluation is in float32")
+    bf16: bool = setting(None, "train in bfloat16 (default: if the device can)")
     compile: bool = setting(False, "torch.compile the network for training")
     seed: int = setting(0, "of weights, batches and attacks")
     device: str = setting("cuda" if CUDA else "cpu", "", "cpu", *["cuda"] * CUDA)
@@ -703,13 +701,13 @@ class Settings:
     attacks: str = setting(ATTACKS, "see sections 7 and 8", nargs="+")
     eval_steps: int = setting(10, "PGD's steps, each of eps/4")
     restarts: int = setting(1, "PGD's random starts, all to withstand")
-    images: int = setting(None, "test images to attack, evenly spaced (default: all)")
+    images: int = setting(None, "test images, evenly spaced (default: all)")
     sharpness: bool = setting(False, "no attacks: the loss's rise around weights and inputs")
     json: str = setting(None, "new file for the final table")
     theory: bool = setting(False, "just the simplified model: solved, searched, trained")
-    benchmark: bool = setting(False, "just time a step of each method")
-    report: str = setting(None, "write RESULTS.md here, from results/ here and --runs")
-    pictures: str = setting(None, "draw into results/ here, from the same (matplotlib)")
+    benchmark: bool = setting(False, "just time the methods' steps")
+    report: str = setting(None, "folder for RESULTS.md, made from its results/ and --runs")
+    pictures: str = setting(None, "the same for results/*.png (matplotlib)")
 
 def parse_args(argv=None):
     """Settings from flags over the preset. Input that makes no sense ends the program, with code 2."""
@@ -725,6 +723,7 @@ def parse_args(argv=None):
     s.method, s.attacks = [*dict.fromkeys(s.method)], [*dict.fromkeys(s.attacks)]
     s.eps = s.eps or (128 if s.norm == "l2" else 8 if s.preset == "paper" else 4) / 255
     s.lr = s.lr if s.lr is not None else 1e-3 if s.model == "deit_ti" else 0.1
+    s.bf16 = BF16[s.device] if s.bf16 is None else s.bf16
     for name in s.attacks:
         parse_attack(name)  # raises BadInput
     for f in fields(Settings):
@@ -778,7 +777,7 @@ def perform(s):
 SHARED = ("dataset", "model", "width", "epochs", "batch_size", "lr", "bf16", "seed", "device", "compile")
 
 def sha256(thing):
-    """Checksum of all tensors, numbers and texts in a dict or list of them, bit for bit."""
+    """Checksum of the values, in order and bit for bit: tensors, numbers, texts in dicts and lists."""
     digest = hashlib.sha256()
     for leaf in tree_leaves(thing):
         if isinstance(leaf, torch.Tensor):
@@ -815,7 +814,7 @@ def read_records(path):
 
 def build(s, classes, mean_std):
     """The network on its device, the same for training (compiled or not), its optimizer and schedule."""
-    torch.manual_seed(s.seed)  # one start and the same batches for all
+    torch.manual_seed(s.seed)  # one start for all; the same batches for SGD and SAM
     with refused(f"--model {s.model} --width {s.width}: cannot be built"):
         model = make_model(s.model, classes, mean_std, s.width).to(s.device)
     model.bf16 = s.bf16
@@ -828,7 +827,7 @@ def run(method, s, data):
     this = {"method": method, "data_sha256": sha256([data.x, data.y, data.x_test, data.y_test])}
     this |= {key: getattr(s, key) for key in METHODS[method][0] + SHARED}  # decides the weights
     this["device"] += f" x {WORLD}" if WORLD > 1 else ""  # so do shares
-    how = {"attacks": s.attacks, "eval_steps": s.eval_steps, "restarts": s.restarts, "images": s.images}
+    how = {key: getattr(s, key) for key in ("attacks", "eval_steps", "restarts", "images")}
     how = {"sharpness": True, "images": s.images or 1000} if s.sharpness else how
     label, log = label_of(this), []
     name = f"{s.dataset}-{s.model}-{label}-seed{s.seed}-{sha256(json.dumps(this))[:8]}"
@@ -841,7 +840,7 @@ def run(method, s, data):
     std, mean = torch.std_mean(data.x.float() / 255, dim=(0, 2, 3))
     model, fast, optimizer, schedule = build(s, len(data.classes), (mean, std.clamp_min(1e-3)))
     folder.mkdir(parents=True, exist_ok=True)
-    results.open("a").close()  # fails now if it may
+    results.open("a").close()  # fails now, not later
     rng = torch.cuda if s.device == "cuda" else torch
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if checkpoint.exists():
@@ -941,8 +940,9 @@ def align(rows):
 
 def title_of(record):
     """What the records of one table share: data, images, and the flags that differ from the defaults."""
-    usual = {f.name: f.default for f in fields(Settings)} | {"lr": 0.1, "bf16": None}
+    usual = {f.name: f.default for f in fields(Settings)} | {"lr": 0.1, "nproc_per_node": ""}
     same = {key: record["run"][key] for key in SHARED[:7]} | record["how"] | {"attacks": ATTACKS}
+    same["nproc_per_node"] = record["run"]["device"].partition(" x ")[2]
     flags = [f"--{k.replace('_', '-')} {v}" for k, v in same.items() if v != usual[k]]
     flags = " ".join(flags).replace(" True", "").replace("--bf16 False", "--no-bf16")
     return f"{record['data']}, {record['images']} test images: {flags}"
@@ -959,7 +959,7 @@ def gain(records, others, *keys):
     return a - b, math.hypot(error, other)
 
 def rank_correlation(a, b, shuffles=9999):
-    """Spearman's, and its p value: the share of the orders of b that go with a, or against it, as far."""
+    """Spearman's, and its p value: the share of random orders of b that go with a, or against it, as far."""
     a, b = (torch.tensor(t).argsort().argsort() - (len(t) - 1) / 2 for t in (a, b))
     rng = torch.Generator().manual_seed(0)
     orders = torch.rand(shuffles, len(b), generator=rng).argsort(1)
