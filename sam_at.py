@@ -373,7 +373,8 @@ def adaptive_ascent(weights, grads, rho, eta=0.01):
 def layerwise_ascent(weights, grads, gamma):
     """AWP: v = gamma * |w| * g/|g| for each tensor; biases and BatchNorm stay (Wu et al. 2020, section 4).
     AWP is sam_step on attacked images with this ascent."""
-    return [ascent([w], [g], gamma * w.norm())[0] if w.ndim > 1 else 0 * g for w, g in zip(weights, grads)]
+    climb = lambda w, g: ascent([w], [g], gamma * w.norm())[0] if w.ndim > 1 else 0 * g
+    return [*map(climb, weights, grads)]
 
 def esam_step(model, x, y, optimizer, rho, beta=0.5, gamma=0.5):
     """ESAM (Du et al. 2022, algorithm 1). Each weight tensor climbs with probability beta, one at least, by
@@ -381,7 +382,6 @@ def esam_step(model, x, y, optimizer, rho, beta=0.5, gamma=0.5):
     weights = [w for w in trained_weights(optimizer) if w.requires_grad]
     draws = torch.rand(len(weights))
     climbing = [w for w, draw in zip(weights, draws) if draw < beta or draw == draws.min()]
-    model.zero_grad()
     torch.clear_autocast_cache()
     logits = model(x)
     losses = F.cross_entropy(logits, y, reduction="none")
@@ -1089,7 +1089,7 @@ def pictures(s):
         right = [key for key in keys if key not in up]
         for i, (label, runs) in enumerate(rows.items()):
             x, y = ([fmean(r["figures"][key] for key in part) for r in runs] for part in (right, up))
-            axes.plot(x, y, "osv^D<>p*X"[i % 10], color=f"C{i % 10}", mfc="none", label=label)
+            axes.plot(x, y, "osv^D<>p*XP"[i % 11], color=f"C{i % 10}", mfc="none", label=label)
         axes.set(xlabel="mean of " + ", ".join(right), ylabel=", ".join(up))
         axes.set_title(title.replace(": ", "\n"), fontsize=9)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

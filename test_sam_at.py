@@ -329,22 +329,6 @@ def test_duality_on_a_linear_score(seed, eps, d):
         tangent = loss + rho * model.w.grad.norm()  # the loss is convex: it lies above
         assert F.cross_entropy(model(x), y) >= tangent - 1e-9
 
-@given(seeds, norms, st.floats(0.01, 0.1))
-def test_duality_in_the_first_layer(seed, norm, eps):
-    """An attack does what a move of W does, and a move of W what an attack does (W of full row rank)."""
-    def at(V):
-        with sam_at.perturbed([W], 1.0, lambda *_: [V]):
-            return net(x)
-    torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    x, y, W = 0.3 + 0.4 * pixels(1, 12, seed=seed, dtype=f64), torch.tensor([0]), net[0].weight
-    sam_at.gradient(net, x, y)
-    delta = sam_at.pgd(net, x, y, eps, norm) - x
-    V = (W @ delta.T @ x / x.norm() ** 2).detach()
-    assert at(V).allclose(net(x + delta))
-    V, = ascended([W], eps)
-    assert at(V).allclose(net(x + (W.pinverse() @ V @ x.T).T))
-
 # == The three steps ===================================================================================
 @given(seeds, st.integers(1, 5), st.floats(0.01, 0.5), st.floats(0, 0.5))
 def test_sam_on_a_quadratic(seed, d, lr, rho):
@@ -410,15 +394,15 @@ def test_what_a_step_returns_and_forgets(method, seed):
     assert same_bits([logits, *clean[-5:]], [first, *once[-5:]]) != attacked
 
 # == Variants ==========================================================================================
-@given(seeds, st.floats(0.01, 5), st.floats(0, 0.1))
+@given(seeds, st.floats(0.01, 5), st.sampled_from([{}, {"eta": 0.0}, {"eta": 0.1}]))
 def test_asam_and_awp_are_their_formulas(seed, rho, eta):
     """ASAM: the highest point of |v/T| = rho, v/T parallel to T g. AWP: a layer moves by rho |w|."""
     model = tiny_net(seed, dtype=f64)
     sam_at.gradient(model, *batch(6, seed=seed, dtype=f64))
     weights = [*model.parameters()]
-    T = [w.detach().abs() + eta if w.ndim > 1 else 1 for w in weights]
+    T = [w.detach().abs() + eta.get("eta", 0.01) if w.ndim > 1 else 1 for w in weights]
     Tg = [t * w.grad for t, w in zip(T, weights)]
-    asam = ascended(weights, rho, partial(sam_at.adaptive_ascent, eta=eta))
+    asam = ascended(weights, rho, partial(sam_at.adaptive_ascent, **eta))
     awp = ascended(weights, rho, sam_at.layerwise_ascent)
     for w, t, tg, v, u in zip(weights, T, Tg, asam, awp):
         assert v.allclose(t * tg * rho / length(Tg), atol=1e-9)
@@ -470,9 +454,11 @@ def test_autoattack_is_never_above_pgd(classes, norm):
     x, eps = pixels(30, 3, 5, 5, seed=classes), {"linf": 0.03, "l2": 0.15}[norm]
     y = model(x).argmax(1)
     before, rng = all_of(model), torch.get_rng_state()
-    x_adv = sam_at.parse_attack(f"autoattack {norm} {eps}")(model, x, y)
+    attack = partial(sam_at.parse_attack(f"autoattack {norm} {eps}"), model, x, y)
+    x_adv = attack()
     assert torch.get_rng_state().equal(rng) and same_bits(before, all_of(model))
     assert inside(x_adv, x, eps, norm)
+    assert classes > 2 or x_adv.equal(attack())
     right = [int((model(z).argmax(1) == y).sum()) for z in (x_adv, sam_at.pgd(model, x, y, eps, norm))]
     assert right[0] <= right[1] < 30
 
@@ -505,10 +491,12 @@ def test_a_preactivation_block_is_its_formula(c_in, c_out, stride):
 
 @pytest.mark.parametrize("name, width", [("prn18", 4), ("small", 4), ("wrn28_10", 1), ("deit_ti", 6)])
 def test_in_eval_mode_an_images_logits_do_not_depend_on_its_batch(name, width):
-    model = sam_at.make_model(name, 7, width=width).eval()
+    model, features = sam_at.make_model(name, 7, width=width).eval(), []
+    [*model.modules()][-1].register_forward_pre_hook(lambda module, args: features.append(args[0]))
     x = pixels(3, 3, 32, 32, seed=0)
     with torch.no_grad():
         assert model(x).shape == (3, 7)
+        assert name == "deit_ti" or features[0].min() >= 0  # they come out of a ReLU
         assert torch.allclose(model(x)[1:2], model(x[1:2]), atol=1e-4)
 
 @given(seeds)
@@ -578,6 +566,7 @@ def test_an_epoch_meets_every_image_once_and_averages_over_its_share(monkeypatch
     squares = sum(min(batch_size, n - i) ** 2 for i in range(0, n, batch_size))
     assert len(met) == len({*met}) == n and {*met} <= every
     assert (row["epoch"], row["loss"]) == (1, pytest.approx(squares / n))
+    assert 0 < row["seconds"] < 99
     assert row["accuracy"] == pytest.approx(100 * sum(y == 0 for _, y in met) / n)
 
 def test_images_are_shuffled_and_augmented_where_that_is_asked_for():
@@ -623,7 +612,6 @@ def test_robust_accuracy_of_a_linear_model_is_the_closed_form(seed, norm, eps, b
     assume((margin - threshold).abs().min() > 1e-4 and margin.abs().min() > 1e-5)
     name = f"{norm} {eps}"
     figures = sam_at.evaluate(model, x, y, [name], steps=40, batch_size=batch_size)
-    assert list(figures) == ["clean", name]
     assert figures["clean"] == pytest.approx(100 * float((margin > 0).float().mean()))
     assert figures[name] == pytest.approx(100 * float((margin > threshold).float().mean()), abs=1e-4)
 
@@ -696,7 +684,7 @@ class Softmax(Scored):
 honest = lambda x: x.mean(1) - 0.45
 DOUBTS = {  # a model, and what the sentence must name
     "sound": (told_by(honest), None),
-    "sure": (told_by(lambda x: 3e4 * (x.mean(1) - 0.48)), "margin linf 8/255, 10 steps, 2 starts, takes another 70.0"),
+    "sure": (told_by(lambda x: 3e4 * (x.mean(1) - 0.48)), "margin linf 8/255, 9 steps, 3 starts, takes another 6.0"),
     "slow": (told_by(lambda x: x.amax(1) - 0.49), "50 steps"),
     "masked": (told_by(one_step), "fgsm"),
     "flat": (told_by(lambda x: honest(x).sign() + 0 * x.sum(1)), "zero or NaN for 100%"),
@@ -708,15 +696,15 @@ DOUBTS = {  # a model, and what the sentence must name
 @pytest.mark.parametrize("model, says", DOUBTS.values(), ids=DOUBTS.keys())
 def test_an_evaluation_that_is_not_to_be_trusted_is_called_so(model, says):
     x = 0.5 + 0.002 * normal(500, 3, 2, 2, seed=0)
-    y = (torch.arange(500) < 150).long()
-    x[:150] -= 0.1  # the other class, far away
+    y = (torch.arange(500) < 470).long()
+    x[:470] -= 0.1  # the other class, far away
     sizes = []
     model.register_forward_hook(lambda module, args, out: sizes.append(len(args[0])))
     state = torch.get_rng_state()
-    found = sam_at.doubts(model, x, y, ["linf 8/255", "linf 1/255"])
+    found = sam_at.doubts(model, x, y, ["linf 8/255", "l2 0.1", "margin l2 1/2", "linf 1/255"], 9, 2)
     assert (not found) if says is None else any(says in doubt for doubt in found), found
     taken = [doubt for doubt in found if "takes another" in doubt]
-    assert all(doubt.startswith("linf 8/255: ") for doubt in taken)  # the largest radius
+    assert all(doubt.startswith(("linf 8/255: ", "l2 0.1: ")) for doubt in taken)  # the largest radius
     assert max(sizes) == 200 and torch.get_rng_state().equal(state) and model.training
 
 # == Data sources =========================================================================================
@@ -743,7 +731,7 @@ def test_a_folder_is_read_class_by_class(part, tmp_path):
     assert cli(*QUICK, "--dataset", "folder", "--data-dir", root)[0] == 0  # a channel is the same everywhere
     for about, source, note in ("", root.name, ""), ("Kätzchen\nDrawn.\nSmall.\n", "Kätzchen", "Drawn. Small."):
         (root / "SOURCE.txt").write_text(about, "utf-8")
-        data = sam_at.load_folder(root)
+        data = sam_at.load_folder(root / "train" / "..")
         assert (data.source, data.note) == (source, note)
 
 def test_images_are_read_upright_and_those_of_more_than_8_bits_refused(tmp_path):
@@ -794,7 +782,7 @@ def test_cifar_as_downloaded(name, folder, key, parts, tmp_path, monkeypatch):
     import pickle
     from torchvision.datasets import cifar
     monkeypatch.setattr(cifar, "download_and_extract_archive", lambda *a, **k: open("no network"))
-    with pytest.raises(sam_at.BadInput, match=f"{name}.*--dataset demo"):
+    with pytest.raises(sam_at.BadInput, match=f"{name}.*--dataset demo.*no network"):
         sam_at.load_data(name, tmp_path / "nowhere")
     monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)
     monkeypatch.setattr(cifar.CIFAR10, "_load_meta", lambda self: setattr(self, "classes", ["a", "b", "c"]))
@@ -887,7 +875,7 @@ STAGES = {  # what stands in for the stages of a run
         {"epoch": 1, "loss": 1.0, "accuracy": 50.0, "seconds": 1.0}],
     "evaluate": lambda model, images, labels, attacks, steps, restarts: {attacks[0]: 0},
     "doubts": lambda model, images, labels, names, steps, restarts, seed: [],
-    "compile": lambda model: model}
+    "compile": lambda model, dynamic: nn.Sequential(model)}
 
 @pytest.fixture
 def seen(monkeypatch):
@@ -926,7 +914,7 @@ def test_every_flag_arrives(seen):
     for found, f in zip(model["mean_std"], (torch.mean, torch.std)):
         assert found == pytest.approx([float(f(whole.x[:, c] / 255)) for c in range(3)], rel=1e-4)
     assert (training["epochs"], training["batch_size"], training["optimizer"].defaults["lr"]) == (4, 6, 0.03)
-    assert training["model"].bf16 and len(seen["compile"]) == 1
+    assert training["model"][0].bf16 and each(seen["compile"], "dynamic") == [(False,)]
     sam = partial(sam_at.sam_step, rho=0.3)
     assert same_steps([training], partial(sam_at.at_step, eps=3 / 255, norm="l2", steps=7, step=sam))
     assert {call["drawn"] for call in [model, *evaluations]} == {float(pixels(1, seed=11))}  # each alike
@@ -934,7 +922,7 @@ def test_every_flag_arrives(seen):
     assert each(seen["doubts"], "names", "seed") == [(attacks, 11)]
     chosen = torch.arange(9) * 200 // 9
     for call in evaluations + seen["doubts"]:
-        assert (call["steps"], call["restarts"]) == (13, 3)
+        assert (call["steps"], call["restarts"], call["model"]) == (13, 3, training["model"][0])
         assert call["images"].equal(whole.x_test[chosen]) and call["labels"].equal(whole.y_test[chosen])
     assert sorted(os.listdir()) == ["elsewhere", "out.json"]
 
@@ -962,7 +950,8 @@ def test_presets_are_the_papers_recipe_and_the_demos(flags, eps, seen):
     model = "deit_ti" if deit else "prn18" if paper else "small"
     assert each(seen["make_model"], "name", "width") == 3 * [(model, None)]
     for call in seen["train"]:
-        assert call["batch_size"] == 128 and call["model"].bf16 == bf16 and (call["epochs"] == 100) == paper
+        assert {*call["schedule"].milestones} == ({75, 90} if paper else {8, 9})
+        assert call["batch_size"] == 128 and call["model"].bf16 == bf16
         kind, recipe = type(call["optimizer"]), call["optimizer"].defaults
         assert (kind is torch.optim.AdamW) == deit and (deit or recipe["momentum"] == 0.9)
         assert (recipe["lr"], recipe["weight_decay"]) == ((0.001, 0.05) if deit else (0.1, 5e-4))
@@ -1000,7 +989,7 @@ def test_what_decides_the_weights_and_nothing_else_makes_another_run(seen, monke
 
 BAD = """eps 8 > radius '8'; eps 0 > eps; eps x > eps; eps 8/0 > eps; eps nan > eps; eps 1 > eps
     eps -0.1 > eps; attacks l7_1/255 > l7 1/255; attacks linf_8 > '8'; attacks linf > 'linf'
-    attacks linf_0.1_0.2 > 0.2; attacks > attacks; method sma > sma; model vgg > vgg; norm l1 > l1
+    attacks linf_0.1_0.2 > 0.2; attacks > attacks; attacks _ > ''; method sma > sma; model vgg > vgg; norm l1 > l1
     roh 1 > roh; epoch 1 > epoch; epochs 1 stray > stray; rho -0.1 > rho; rho nan > rho; rho inf > rho
     rho big > rho; lr 0 > lr; lr nan > lr; awp-gamma -1 > awp-gamma; epochs 0 > epochs
     epochs 1000000000000000 > epochs; epochs 1.5 > epochs; attack-steps 0 > attack-steps; width 0 > width
@@ -1019,7 +1008,6 @@ def test_bad_input_is_one_message_and_exit_code_2(case, tiny_demo, monkeypatch):
     words = [word.replace("_", " ").strip() if word[0] in "_l" else word for word in flags.split()]
     code, out, err = cli(*QUICK, "--" + words[0], *words[1:])
     assert code == 2 and says in err.splitlines()[-1]
-    assert "Traceback" not in err and "epoch" not in out
     assert os.listdir() == ["mine"] and Path("mine").read_text() == "mine"
 
 # == 13. Runs =================================================================================
@@ -1095,6 +1083,7 @@ def test_a_record_holds_what_it_takes_to_repeat_the_run(quick):
              "torch": torch.__version__, "seconds": 3 * min(row["seconds"] for row in state_of()["log"])}
     assert record == record | facts and record["machine"] and record["code"] and record["date"]
     assert record["run"]["rho"] == 0.15 and record["how"]["attacks"] == ["linf 2/255"]
+    assert not data.augment
     row = {"method": "sam", "seconds": record["seconds"], "clean": figures["clean"],
            "robust": {"linf 2/255": figures["linf 2/255"]}}
     assert f"accuracy {record['train_accuracy']:.1f}%" in out.split("epoch 3/3")[1]
@@ -1145,7 +1134,7 @@ def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, m
     code, out, err = cli(*QUICK, "--lr", 1e8, "--runs", "steep")
     assert code == 2 and "epoch 1" in err and err.count("\n") == 1 and "clean" not in out
     with monkeypatch.context() as patch:
-        patch.setattr(sam_at, "evaluate", lambda *_: exec("raise KeyboardInterrupt"))
+        patch.setattr(sam_at, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         code, _, err = cli(*QUICK)
     assert code == 130 and err.count("\n") == 1
     assert "goes on after epoch 2/2" in cli(*QUICK)[1]
@@ -1158,7 +1147,7 @@ data.source = "Bäume"
 sam_at.load_data = lambda *_: data
 sys.exit(sam_at.main() or sam_at.main(["--report", "."]))""", *QUICK, **locale)
     assert "Bäume" in Path("RESULTS.md").read_text("utf-8")
-    closed = ["bash", "-c", '"$@" >&-', "-", sys.executable, "script.py"]
+    closed = ["bash", "-c", f'"$@" >&- && ! "$1" "{sam_at.__file__}" --lr 0', "-", sys.executable, "script.py"]
     finish("sys.exit(sam_at.main())", *QUICK, "--runs", "closed", command=closed)
 
 # == 14. More than one device =================================================================
@@ -1189,21 +1178,29 @@ sys.exit(sam_at.main())""", *flags, command=[sys.executable, *torchrun.split()])
 def test_only_the_first_process_writes_and_speaks_and_shares_are_equal(tiny_demo, monkeypatch):
     monkeypatch.setattr(sam_at, "RANK", 1)
     assert cli(*QUICK)[0] == 0 and not [*Path().rglob("*.pt")]
-    monkeypatch.setattr(sam_at, "train", lambda *_: exec("raise MemoryError"))
-    assert cli(*QUICK, "--seed", 1)[2].count("\n") == 1  # the first cannot know
+    for error in "MemoryError", "torch.OutOfMemoryError('out of memory\\n.')":
+        monkeypatch.setattr(sam_at, "train", lambda *_: exec("raise " + error))
+        assert cli(*QUICK, "--seed", 1)[2].count("\n") == 1  # the first cannot know
     monkeypatch.setattr(sam_at, "WORLD", 3)
     assert cli(*QUICK)[::2] == (2, "")
 
 # == 15. What a step costs ====================================================================
 def test_the_benchmark_compares_a_step_of_each_method_with_sgd(monkeypatch):
-    medians = iter([0.5, 2.0, 1.0])
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    timed = lambda timer, **_: timer.timeit(1) and sam_at.argparse.Namespace(median=next(medians))
+    """Here a step takes a sixth of a second for each of the model's passes in three steps."""
+    passes = []
+    def timed(timer, **_):
+        passes.clear()
+        timer.timeit(1)  # after two to warm up
+        return sam_at.argparse.Namespace(median=sum(passes) / 6)
     monkeypatch.setattr("torch.utils.benchmark.Timer.adaptive_autorange", timed)
-    out = cli(*"--benchmark --method at sam --width 2 --batch-size 6 --json b.json".split())[1]
-    rows = [{"method": m, "step_s": n / 2, "ratio_to_sgd": n} for m, n in [("sgd", 1), ("at", 4), ("sam", 2)]]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    count = lambda module, *_: passes.append(isinstance(module, sam_at.Classifier))
+    with nn.modules.module.register_module_forward_hook(count):
+        out = cli(*"--benchmark --method at sam --width 2 --batch-size 6 --json b.json".split())[1]
+    rows = [{"method": m, "step_s": n / 2, "ratio_to_sgd": n} for m, n in [("sgd", 1), ("at", 6), ("sam", 2)]]
     assert json.loads(Path("b.json").read_text()) == rows and os.listdir() == ["b.json"]
-    assert "at 2.000 4.000" in " ".join(out.split()) and not torch.backends.cudnn.allow_tf32
+    assert "at 3.000 6.000" in " ".join(out.split())
+    assert not torch.backends.cudnn.allow_tf32
 
 # == 16. What came of it ======================================================================
 FOUR = ["linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255"]
@@ -1248,14 +1245,15 @@ def test_tables_hold_mean_and_deviation_of_records_of_the_same_settings():
     assert [[row[0], row[1], row[7:]] for row in rows[1:]] == [
         ["sam rho 0.1", "1", ["99.0", "10.0"]], ["sam rho 0.2", "1", ["-10.5", "99.0", "10.0"]],
         ["at l2 128/255 steps 7", "1", ["99.0", "10.0"]], ["at linf 4/255", "1", ["?", "99.0", "10.0"]]]
-    assert text.count("A note.") == text.count("abacus") == len(tables) and "--nproc-per-node 2" in text
+    assert text.count("A note.") == text.count("abacus") == len(tables)
+    assert "--nproc-per-node 2" in text
     assert "others" in text and all(f"--{key} {value}" in text for key, value in runs.items())
-    assert "--lr 0.1" not in text and text.count("--bf16") == 1 and text.count("--no-bf16") == len(tables) - 1
+    assert "--lr 0.1" not in text and text.count("--bf16`") == 1 and text.count("--no-bf16") == len(tables) - 1
 
 def mean_and_error(records, keys):  # the larger of the seeds' error and the test set's
     t = torch.tensor([[r["figures"][key] for key in keys] for r in records], dtype=f64).mean(1)
     a, seeds = float(t.mean()), float(t.std(correction=min(1, len(t) - 1)))
-    return a, max(seeds / math.sqrt(len(t)), math.sqrt(a * (100 - a) / 10_000))
+    return a, max(seeds / math.sqrt(len(t)), math.sqrt(a * (100 - a) / 2_500))
 
 def gain(records, others, *keys):
     (a, error), (b, other) = mean_and_error(records, keys), mean_and_error(others, keys)
@@ -1270,11 +1268,11 @@ ROWS = st.lists(st.tuples(losses, rises, rises, st.integers(0, 1)), max_size=2)
 @example([(0, 2.6, 2.6, 0), (0, 8, 1.2, 0)], [], [])  # more robust on average, not everywhere
 def test_verdicts_follow_their_rules(sams, ats, variants):
     keys = ["a", "b"]
-    rows = {"sgd": [made_up("sgd", 50.0, [40.0, 40.0], keys)]}
+    rows = {"sgd": [made_up("sgd", 50.0, [40.0, 40.0], keys, images=2_500)]}
     for method, drawn in ("sam", sams), ("at", ats), ("asam", variants):
         for i, (clean, a, b, spread) in enumerate(drawn):
             up = 40 + i / 100 + 4 * (method == "at")
-            rows[f"{method} {i}"] = [made_up(method, 50.0 + clean, [up + a + d, up + b + d], keys)
+            rows[f"{method} {i}"] = [made_up(method, 50.0 + clean, [up + a + d, up + b + d], keys, images=2_500)
                                      for d in {-2 * spread, 2 * spread}]  # one seed or two
     gains = lambda label, other: [gain(rows[label], rows[other], key) for key in keys]
     ahead = lambda label, other="sgd": all(d > 2 * e for d, e in gains(label, other))
@@ -1326,7 +1324,7 @@ def test_every_claim_has_its_verdict_on_top():
 
 def test_report_and_pictures_gather_records_and_write_where_they_are_told(quick, monkeypatch):
     axes, dots = pytest.importorskip("matplotlib.axes").Axes, []
-    monkeypatch.setattr(axes, "plot", lambda *a, plot=axes.plot, **how: dots.append(a[1:3]) or plot(*a, **how))
+    monkeypatch.setattr(axes, "plot", lambda *a, plot=axes.plot, **how: dots.append(a[:3]) or plot(*a, **how))
     cli(*QUICK, "--runs", "mine")
     made = [made_up("sgd"), made_up("sam", 51.0), made_up("esam", figures={"rho 0.1": 0.2, "l2 1": 0.7})]
     first = report_of(*made)
@@ -1334,7 +1332,7 @@ def test_report_and_pictures_gather_records_and_write_where_they_are_told(quick,
     assert [json.loads(line) for line in open("there/results/records.jsonl")] == made and report_of(*made) == first
     assert cli("--report", "there", "--pictures", "there", "--runs", "mine")[::2] == (0, "")
     assert [p.read_bytes()[:4] for p in Path("there/results").glob("*.png")] == 3 * [b"\x89PNG"]
-    assert ([40.0], [51.0]) in dots and ([0.7], [0.2]) in dots  # upwards: clean, around the weights
+    assert ("mean of l2 1", "rho 0.1", [0.7], [0.2]) in [(a.get_xlabel(), a.get_ylabel(), *xy) for a, *xy in dots]
     assert sorted(os.listdir()) == ["mine", "there"]
 
 @pytest.mark.parametrize("clean, robust, says", [
