@@ -687,7 +687,7 @@ DOUBTS = {  # a model, and what the sentence must name
     "sure": (told_by(lambda x: 3e4 * (x.mean(1) - 0.48)), "margin linf 8/255, 9 steps, 3 starts, takes another 6.0"),
     "slow": (told_by(lambda x: x.amax(1) - 0.49), "50 steps"),
     "masked": (told_by(one_step), "fgsm"),
-    "flat": (told_by(lambda x: honest(x).sign() + 0 * x.sum(1)), "zero or NaN for 100%"),
+    "flat": (told_by(lambda x: honest(x).clamp(max=0)), "zero or NaN for 6%"),
     "broken": (told_by(lambda x: honest(x) + (0 * x.sum(1)).sqrt()), "zero or NaN for 100%"),
     "random": (told_by(honest, Random), "random"),
     "probabilities": (told_by(honest, Softmax), "probabilities"),
