@@ -7,20 +7,17 @@ Is a network whose loss is flat around its *weights* also flat around its *input
     SGD   min_w                          L(w; x, y)          L: the mean cross-entropy of a batch
     SAM   min_w  max_{|v|_2 <= rho}      L(w + v; x, y)      the worst weights near w: one v for the batch
     AT    min_w  max_{|delta|_p <= eps}  L(w; x + delta, y)  the worst inputs near x: a delta for each image
+[1] and [2] claim that SAM alone gains robustness and keeps clean accuracy, and that AT gains more and loses some;
+RESULTS.md says what came of that here. To train with SGD, SAM and AT, attack all three and print one table:
 
-[1] and [2] claim that SAM alone gains robustness and keeps clean accuracy, and that AT gains more and loses some.
-RESULTS.md says what came of that here.
-
-    python sam_at.py                     train with SGD, SAM and AT, attack all three, print one table
+    python sam_at.py                     on synthetic data, in a minute
     python sam_at.py --method sam        one of them
-    python sam_at.py --preset paper      the papers' CIFAR-10 recipe (needs a GPU)
     python sam_at.py --help              everything else
 
 Units: pixels are in [0,1], eps and delta in the same unit (8/255, not 8), rho in the unit of the weights.
 x: float images (N, C, H, W).  y: int64 labels (N,).  logits: (N, classes).
 """
 import argparse
-import atexit
 import base64
 import copy
 import hashlib
@@ -29,7 +26,6 @@ import io
 import json
 import math
 import os
-import pickle
 import sys
 import time
 import zipfile
@@ -49,10 +45,8 @@ RANK, WORLD = 0, 1  # which of how many processes this is
 if distributed.is_torchelastic_launched():  # that is, by torchrun
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-
 class BadInput(ValueError):
     """Something given cannot be used. The message is the one line that a user of the command line sees."""
-
 
 # == 1. Input space: the attacks ==========================================================================
 #    An attacker may add any delta with |delta|_p <= eps, as long as x + delta is still an image in [0,1].
@@ -61,7 +55,6 @@ class BadInput(ValueError):
 def l2_norm(t):
     """One l2 norm per image: (N, ...) -> (N, 1, ..., 1)."""
     return torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)), keepdim=True)
-
 
 def steepest(g, norm):
     """The s with |s|_p <= 1 that maximises <g, s>, per image: sign(g) for linf, g/|g|_2 for l2."""
@@ -72,13 +65,11 @@ def steepest(g, norm):
     g = g / largest.clamp_min(1e-38)  # otherwise the squares of a tiny g would be 0
     return g / l2_norm(g).clamp_min(1e-38)
 
-
 def project(delta, eps, norm):
     """The nearest point of the ball |delta|_p <= eps, per image."""
     if norm == "linf":
         return delta.clamp(-eps, eps)
     return delta * (eps / l2_norm(delta).clamp_min(1e-38)).clamp_max(1)
-
 
 def random_delta(x, eps, norm):
     """A random start in the ball: uniform for linf; a uniform direction times a uniform length for l2."""
@@ -86,11 +77,9 @@ def random_delta(x, eps, norm):
         return eps * (2 * torch.rand_like(x) - 1)
     return eps * torch.rand_like(l2_norm(x)) * steepest(torch.randn_like(x), "l2")
 
-
 def summed_cross_entropy(logits, y):
     """A sum, not a mean: an image's gradient does not depend on how many others are in its batch."""
     return F.cross_entropy(logits, y, reduction="sum")
-
 
 def input_gradient(model, x, y, loss):
     """g = dL/dx, shaped like x, and which images the model gets wrong, (N,) bool."""
@@ -100,7 +89,6 @@ def input_gradient(model, x, y, loss):
         g, = torch.autograd.grad(loss(logits, y), x)
     wrong = logits.detach().argmax(1) != y
     return g, wrong.view(len(y), -1).all(1)  # of several labels (segmentation): all of them
-
 
 @contextmanager
 def restored(model):
@@ -120,35 +108,26 @@ def restored(model):
         for buffer, before in buffers:
             buffer.data = before
 
-
 LIMITS = {"linf": 1, "l2": 8}  # a radius from here on is a slip, such as 8 for 8/255
-
 
 def check_radius(eps, norm):
     """Raise BadInput unless eps can be a radius."""
     if norm not in LIMITS or not 0 <= eps < LIMITS[norm]:
-        raise BadInput(f"{norm} {eps}: expected linf and a radius below 1, or l2 and one below 8: "
-                       "pixels are in [0,1], so 8/255, not 8")
-
+        raise BadInput(f"{norm} {eps}: expected linf and a radius below 1, or l2 and one below 8 (8/255, not 8)")
 
 def check(x, y):
     """Raise BadInput unless x are float pixels in [0,1] and y their labels."""
     if x.dtype not in (torch.float32, torch.float64) or y.dtype != torch.int64 or x.shape[:1] != y.shape[:1]:
-        raise BadInput(f"images {x.dtype} {[*x.shape]}, labels {y.dtype} {[*y.shape]}: "
-                       "expected float32 or float64 (N, C, H, W), int64 (N,)")
-    if len(x) and not (x.min() >= -1e-6 and x.max() <= 1 + 1e-6):
-        raise BadInput(f"pixels reach from {x.min():.3g} to {x.max():.3g}, not from 0 to 1: "
-                       "scale them, and normalise inside the model")
-
+        raise BadInput(f"images {x.dtype} {[*x.shape]}, labels {y.dtype} {[*y.shape]}: expected float32 or 64, int64")
+    if not (x.min() >= -1e-6 and x.max() <= 1 + 1e-6):
+        raise BadInput(f"pixels from {x.min():.3g} to {x.max():.3g}, not 0 to 1: normalise inside the model")
 
 def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=True,
         loss=summed_cross_entropy, stop_when_fooled=False):
     """Projected gradient ascent to images of high loss within eps of x (Madry et al. 2018, section 2.1).
-
     x: pixels in [0,1], (N, ...).  eps, step_size: in the same unit; a step is eps/4 unless given, as in [1, 2].
-    With stop_when_fooled an image stays where the model first gets it wrong, so that an image which is right
-    at the end was right at every step. Returns x_adv, shaped like x. The model and its .grad stay as they were.
-    Raises BadInput for a radius, pixels or labels that make no sense."""
+    stop_when_fooled: an image stays where the model first gets it wrong; what is right at the end was right at every
+    step. Returns x_adv, shaped like x; the model and its .grad stay as they were. Raises BadInput."""
     check_radius(eps, norm)
     check(x, y)
     if step_size is None:
@@ -167,68 +146,54 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
             x_adv = moved
     return x_adv
 
-
 # == 2. Weight space: SAM's ascent ========================================================================
 #    The same maximum over the weights: L(w + v) = L(w) + <g, v> with g = dL/dw is largest at v = rho g/|g|_2.
 #        AT    delta <- P(delta + step * steepest(g)),  g = dL/dx:  one norm an image, several steps
 #        SAM   v     =  rho * g/|g|_2,                  g = dL/dw:  one norm over all weights, one step
-#    'Dual': a score w.x changes in the same way when either factor moves. On a linear score both maxima are exact
-#    and lower the margin: delta (l2) by eps|w| for each image, v by rho|x|, which is more for images far from 0;
-#    the two are equal where rho|x| = eps|w|. In a dense first layer z = Wx an attack delta does what the move
-#    V = (W delta) x^T/|x|^2 of the weights does. And V does what the attack W^+ V x does (W^+: pseudoinverse, W
-#    of full row rank). So for one image, flat in the weights is flat against those attacks. But one v serves all
-#    images, a maximum of means is at most the mean of maxima, and one step spreads rho over all layers: SAM is
-#    the weaker of the two.
+#    'Dual': a score w.x changes alike when either factor moves. On a linear score both maxima are exact and lower the
+#    margin: delta (l2) by eps|w| for each image, v by rho|x|, more for images far from 0. In a dense first layer
+#    z = Wx an attack delta does what the move V = (W delta) x^T/|x|^2 of the weights does, and V what the attack
+#    W^+ V x does (W of full row rank, W^+ its pseudoinverse): for one image, flat in the weights is flat against those
+#    attacks. But one v serves all images, a maximum of means is at most the mean of maxima, and SAM's one step spreads
+#    rho over all layers: it is the weaker of the two.
 def ascent(weights, grads, rho):
     """v = rho * g/|g|_2, one norm over all weights (Foret et al. 2021, eq. 2); where g is 0, so is v."""
     scale = rho / nn.utils.get_total_norm(grads).clamp_min(1e-12)
     return [scale * g for g in grads]
 
-
-def wide(t):
-    """At least float32: the norm of many float16 numbers is more than float16 can hold."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
 @contextmanager
 def perturbed(model, rho, ascend=ascent):
     """Run the block at w + v, where v = ascend(w, g, rho) and g is the .grad that lies on w; then restore w.
-
-    model: a network or a list of its weights; those without .grad stay. Raises BadInput unless rho is finite
-    and >= 0 and a weight has a gradient; RuntimeError if somebody else changes the weights in the block."""
+    model: a network or a list of its weights; those without .grad stay. Raises BadInput unless rho is finite and >= 0
+    and a weight has a gradient; RuntimeError if somebody else changes the weights in the block."""
     if not 0 <= rho < math.inf:
         raise BadInput(f"rho is {rho}: expected a finite number >= 0")
-    if isinstance(model, torch.Tensor):
-        raise BadInput("perturbed() takes a network or a list of weights, not a single tensor")
     weights = list(model.parameters() if isinstance(model, nn.Module) else model)
-    if not weights:
-        raise BadInput("there are no weights to perturb: was an iterator used up? pass a list")
-    weights = [w for w in weights if w.grad is not None]
-    if not weights:
-        raise BadInput("no weight has a gradient, so SAM would be SGD: call backward() before perturbed()")
-    before = [w.detach().clone() for w in weights]
-    moves = ascend([wide(w) for w in before], [wide(w.grad) for w in weights], rho)
+    moved = [w for w in weights if w.grad is not None]
+    if not moved:
+        raise BadInput(f"none of {len(weights)} weights has a gradient, so SAM would be SGD: call backward() first, "
+                       "and give a network or a list, not one tensor nor an iterator that is used up")
+    before = [w.detach().clone() for w in moved]
+    moves = ascend(before, [w.grad for w in moved], rho)
     with torch.no_grad():
-        for w, v in zip(weights, moves):
+        for w, v in zip(moved, moves):
             w.add_(v)  # in place, so that torch refuses a graph that was made at w
-    versions = [w._version for w in weights]
+    versions = [w._version for w in moved]
     torch.clear_autocast_cache()  # autocast may hold copies of w
     try:
         yield
-        if versions != [w._version for w in weights]:
+        if versions != [w._version for w in moved]:
             raise RuntimeError("the weights were changed inside perturbed(): call optimizer.step() after it")
     finally:
         with torch.no_grad():
-            for w, w_before in zip(weights, before):
+            for w, w_before in zip(moved, before):
                 w.copy_(w_before)
         torch.clear_autocast_cache()
 
-
 # == 3. The three training steps ==========================================================================
-#    Each updates the weights once on one batch; they differ in where the gradient is taken. None of them
-#    differentiates through v or delta, though both depend on w. At a unique maximiser that is right: the
-#    gradient of a maximum is the gradient there (Danskin's theorem). PGD comes near; SAM's one step less so.
-#    Each returns the loss and the logits of its first gradient in w, detached.
+#    They differ in where the gradient is taken. None differentiates through v or delta, though both depend on w: the
+#    gradient of a maximum is the gradient at its maximiser, where that is unique (Danskin's theorem). PGD comes near
+#    it, SAM's one step less so. Each returns the loss and the logits of its first gradient in w, detached.
 def gradient(model, x, y):
     """Put dL/dw on the weights, in place of what lay there; return loss and logits."""
     model.zero_grad()
@@ -237,17 +202,14 @@ def gradient(model, x, y):
     loss.backward()
     return loss.detach(), logits.detach()
 
-
 def trained_weights(optimizer):
     return [w for group in optimizer.param_groups for w in group["params"]]
-
 
 def sgd_step(model, x, y, optimizer):
     """Standard training: the gradient at (w, x).  1 gradient a step."""
     loss, logits = gradient(model, x, y)
     optimizer.step()
     return loss, logits
-
 
 def sam_step(model, x, y, optimizer, rho, ascend=ascent):
     """SAM: the gradient at (w + v, x), applied at w (Foret et al. 2021, algorithm 1).  2 gradients a step."""
@@ -257,7 +219,6 @@ def sam_step(model, x, y, optimizer, rho, ascend=ascent):
     optimizer.step()
     return loss, logits
 
-
 def at_step(model, x, y, optimizer, eps, norm="linf", steps=5, step=sgd_step):
     """AT: the gradient at (w, x + delta), applied at w (Madry et al. 2018, eq. 2.1).  steps + 1 gradients a step.
     With step = partial(sam_step, rho=rho) the two combine: the gradient at (w + v, x + delta)."""
@@ -265,52 +226,43 @@ def at_step(model, x, y, optimizer, eps, norm="linf", steps=5, step=sgd_step):
     x_adv = pgd(model, x, y, eps, norm, steps, step_size)
     return step(model, x_adv, y, optimizer)
 
-
 # == 4. The network =======================================================================================
 class PreActBlock(nn.Module):
     """x + conv(relu(bn(conv(relu(bn(x)))))). Where the shape changes, x becomes a 1x1 convolution of relu(bn(x))."""
-
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.stride = stride
-        self.shortcut = None
+        self.stride, self.shortcut = stride, None
         if stride != 1 or c_in != c_out:
             self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False)
 
     def forward(self, x):
         h = F.relu(self.bn1(x))
-        if self.shortcut is not None:  # its stride is taken here: with fewer than 16 channels in, the weight
-            # gradient of a strided 1x1 convolution on x86 can write out of bounds (oneDNN issue 6035)
+        if self.shortcut is not None:  # sliced, not strided: for fewer than 16 channels in, the weight gradient of a
+            # strided 1x1 convolution, channels_last on x86, can write out of bounds (oneDNN issue 6035)
             x = self.shortcut(h[:, :, ::self.stride, ::self.stride])
         return x + self.conv2(F.relu(self.bn2(self.conv1(h))))
 
-
 def preact_resnet(classes, width=64, stages=(1, 2, 4, 8), blocks=2):
-    """PreActResNet-18 (He et al. 2016): a first convolution, then stages of blocks, each but the first at half
-    the size."""
-    layers = [nn.Conv2d(3, width, 3, padding=1, bias=False)]
-    c_in = width
+    """PreActResNet-18 (He et al. 2016): a convolution, then stages of blocks, each but the first at half the size."""
+    layers, c_in = [nn.Conv2d(3, width, 3, padding=1, bias=False)], width
     for i, stage in enumerate(stages):
         for j in range(blocks):
             stride = 2 if i > 0 and j == 0 else 1
             layers.append(PreActBlock(c_in, stage * width, stride))
             c_in = stage * width
-    layers += [nn.BatchNorm2d(c_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(c_in, classes))
-
+    pool = nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(), pool, nn.Flatten(), nn.Linear(c_in, classes))
 
 class Classifier(nn.Module):
     """logits = net((x - mean) / std): the normalisation is inside, so x, delta and eps are always pixels.
     With bf16 = True it multiplies in bfloat16 in training, never in evaluation, whatever autocast it is called in."""
-
     def __init__(self, net, mean, std):
         super().__init__()
-        self.net = net
-        self.bf16 = False
+        self.net, self.bf16 = net, False
         self.register_buffer("mean", torch.as_tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.as_tensor(std).view(3, 1, 1))
 
@@ -319,46 +271,42 @@ class Classifier(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and self.training):
             return self.net(x).to(x.dtype)
 
-
 # == 5. Data: all images in memory ========================================================================
 @dataclass
 class Data:
-    """A data set. x: uint8 images (N, 3, 32, 32); y: int64 labels (N,); the same for the test images."""
+    """A data set. x: images (N, 3, 32, 32), uint8 or floats in [0,1]; y: int64 labels (N,); then the test images."""
     x: torch.Tensor
     y: torch.Tensor
     x_test: torch.Tensor
     y_test: torch.Tensor
-    classes: list  # their names
+    classes: int
     source: str  # what this is
     augment: bool = True
 
-    def __post_init__(self):
-        if self.x.dtype != torch.uint8 or self.x_test.dtype != torch.uint8:
-            raise BadInput(f"images are {self.x.dtype} and {self.x_test.dtype}: expected uint8, 0 to 255")
-
-
 def crop_and_flip(x, pad=4):
-    """Reflect-pad each image, crop it at random to its size, mirror half of them, in one gather."""
+    """Reflect-pad each image, crop it at random to its size, mirror half of them."""
     n, _, h, w = x.shape
-    down, right = torch.randint(2 * pad + 1, (2, n, 1, 1))
-    mirrored = torch.rand(n, 1, 1) < 0.5
-    i = torch.arange(h).view(1, h, 1) + down
-    j = torch.where(mirrored, w - 1 - torch.arange(w), torch.arange(w)) + right
-    image = torch.arange(n).view(n, 1, 1)
-    x = F.pad(x, (pad, pad, pad, pad), mode="reflect")
-    return x[image, :, i, j].permute(0, 3, 1, 2)
+    down, right = torch.randint(2 * pad + 1, (2, n))
+    mirrored = torch.rand(n) < 0.5
+    crops = F.pad(x, (pad, pad, pad, pad), mode="reflect").unfold(2, h, 1).unfold(3, w, 1)  # a view
+    x = crops[torch.arange(n), :, down, right]  # (N, C, 9, 9, H, W) -> (N, C, H, W)
+    x = x.contiguous(memory_format=torch.channels_last)  # which convolutions like best
+    x[mirrored] = x[mirrored].flip(3)
+    return x
 
+def pixels(images):
+    """uint8 images as floats in [0,1]; floats as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 def batches(data, batch_size):
     """An epoch of shuffled batches (x, y); under torchrun, this process's equal share of each."""
     for batch in torch.randperm(len(data.x)).split(batch_size):
-        x, y = data.x[batch].float() / 255, data.y[batch]
+        x, y = pixels(data.x[batch]), data.y[batch]
         if data.augment:
             x = crop_and_flip(x)
         share = slice(RANK, len(y) // WORLD * WORLD, WORLD)
         if len(y[share]):
             yield x[share], y[share]
-
 
 # == 6. The training loop, the same for every method ======================================================
 def make_optimizer(model, lr, epochs, adamw=False):
@@ -370,11 +318,9 @@ def make_optimizer(model, lr, epochs, adamw=False):
     milestones = [math.ceil(0.75 * epochs), math.ceil(0.9 * epochs)]
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
-
 def train(model, data, step, optimizer, schedule, epochs, batch_size):
-    """Train with step(model, x, y, optimizer), one of section 3, from where the schedule stands to the last epoch.
-    Yields after each a row of figures, of the images as the step saw them: {"epoch", "loss", "accuracy", "seconds"}.
-    Raises FloatingPointError if training diverges."""
+    """Train with step(model, x, y, optimizer), one of section 3, from where the schedule stands; yield a row of
+    figures after each epoch, of the images as the step saw them. Raises FloatingPointError if training diverges."""
     for epoch in range(schedule.last_epoch + 1, epochs + 1):
         start = time.perf_counter()
         loss_sum = correct = images = 0
@@ -388,14 +334,12 @@ def train(model, data, step, optimizer, schedule, epochs, batch_size):
         mean_loss = float(loss_sum) / images
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"training diverged in epoch {epoch}: try a smaller --lr")
-        seconds = time.perf_counter() - start
-        yield {"epoch": epoch, "loss": mean_loss, "accuracy": 100 * int(correct) / images, "seconds": seconds}
-
+        yield {"epoch": epoch, "loss": mean_loss, "accuracy": 100 * int(correct) / images,
+               "seconds": time.perf_counter() - start}
 
 # == 7. Evaluation: which images are right, clean and under attack ========================================
 def is_right(model, x, y):
-    """Which images get their label, (N,) bool. Raises BadInput unless logits are (N, classes) and y in 0..classes-1,
-    FloatingPointError unless the logits are finite."""
+    """Which images get their label, (N,) bool. Raises unless logits are finite and (N, classes), y among them."""
     logits = model(x.clone())
     if logits.ndim != 2 or logits.shape[1] < 2 or logits.shape[:1] != y.shape:
         raise BadInput(f"logits are {[*logits.shape]}, labels {[*y.shape]}: expected (N, classes), (N,)")
@@ -405,7 +349,6 @@ def is_right(model, x, y):
         raise FloatingPointError("logits are not finite")
     return logits.argmax(1) == y
 
-
 @torch.no_grad()
 def right_images(model, images, labels, attack=None, restarts=1, batch_size=500):
     """Which images are right, (N,) bool, and stay so under attack(model, x, y) -> x_adv, from each of its starts.
@@ -414,8 +357,7 @@ def right_images(model, images, labels, attack=None, restarts=1, batch_size=500)
     with restored(model):
         model.eval()
         for x, y in zip(images.split(batch_size), labels.split(batch_size)):
-            if x.dtype == torch.uint8:
-                x = x.float() / 255
+            x = pixels(x)
             check(x, y)
             right = is_right(model, x, y)
             for _ in range(restarts if attack else 0):
@@ -431,10 +373,8 @@ def right_images(model, images, labels, attack=None, restarts=1, batch_size=500)
 
 # A first reading ends here.
 
-
 # == 8. Where the data comes from =========================================================================
-OUTSIDE = (OSError, ValueError, TypeError, LookupError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError)
-
+OUTSIDE = OSError, ValueError, TypeError, LookupError, AssertionError, RuntimeError, MemoryError, zipfile.BadZipFile
 
 @contextmanager
 def as_bad_input(what):
@@ -444,7 +384,6 @@ def as_bad_input(what):
     except OUTSIDE as error:
         raise BadInput(f"{what} ({(str(error) or repr(error)).splitlines()[0]})") from None
 
-
 def imported(name):
     """A module that may be missing. Then BadInput says how to get it."""
     try:
@@ -452,27 +391,25 @@ def imported(name):
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside a torch of another version
         raise BadInput(f"pip install {name.split('.')[0]} ({error})") from None
 
-
-def demo_data(n_train=4000, n_test=1000, classes=10, seed=0):
-    """Synthetic images, made to show the effect: section 11's model as pictures. Three features, the smaller the
-    more reliable: coarse colours of rms 0.075, another class's in 6% of images, out of reach of a few /255; a tile
-    of +-4/255, wrong in 1.5%; a tile of +-0.75/255, never wrong, which an attack of 1/255 erases. Strengths vary, so
-    robustness falls by degrees. SGD leans on all three, SAM less on the smallest, AT on what its eps leaves."""
-    rng = torch.Generator().manual_seed(seed)
+def demo_data(n_train=4000, n_test=1000, classes=10):
+    """Synthetic images, made to show the effect: section 11's model as pictures. Three features, the smaller the more
+    reliable: coarse colours of rms 0.075, another class's in 6% of images, out of reach of a few /255; a tile of
+    +-4/255, wrong in 1.5%; a tile of +-0.75/255, never wrong, which 1/255 erases. Strengths vary, so robustness falls
+    by degrees. SGD leans on all three, SAM less on the smallest, AT on what its eps leaves."""
     n = n_train + n_test
-    y = torch.randint(classes, (n,), generator=rng)
-    coarse = F.interpolate(torch.randn(classes, 3, 4, 4, generator=rng), size=32, mode="bilinear")
-    medium, fine = torch.randn(2, classes, 3, 8, 8, generator=rng).sign().repeat(1, 1, 1, 4, 4)
-    x = 0.5 + 0.025 * torch.randn(n, 3, 32, 32, generator=rng)
-    for feature, rms, p in (coarse, 0.075, 0.94), (medium, 4 / 255, 0.985), (fine, 0.75 / 255, 1):
-        feature *= rms / feature.pow(2).mean((1, 2, 3), keepdim=True).sqrt()
-        other = (y + torch.randint(1, classes, (n,), generator=rng)) % classes
-        shown = torch.where(torch.rand(n, generator=rng) < p, y, other)
-        strength = 0.4 + 1.2 * torch.rand(n, 1, 1, 1, generator=rng)
-        x += strength * feature[shown]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        y = torch.randint(classes, (n,))
+        coarse = F.interpolate(torch.randn(classes, 3, 4, 4), size=32, mode="bilinear")
+        medium, fine = torch.randn(2, classes, 3, 8, 8).sign().repeat(1, 1, 1, 4, 4)
+        x = 0.5 + 0.025 * torch.randn(n, 3, 32, 32)
+        for feature, rms, p in (coarse, 0.075, 0.94), (medium, 4 / 255, 0.985), (fine, 0.75 / 255, 1):
+            feature *= rms / feature.pow(2).mean((1, 2, 3), keepdim=True).sqrt()
+            other = (y + torch.randint(1, classes, (n,))) % classes
+            shown = torch.where(torch.rand(n) < p, y, other)
+            x += (0.4 + 1.2 * torch.rand(n, 1, 1, 1)) * feature[shown]  # of varying strength
     x = (x * 255).round().clamp(0, 255).byte()
-    return Data(x[:n_train], y[:n_train], x[n_train:], y[n_train:], list(range(classes)), "demo", augment=False)
-
+    return Data(x[:n_train], y[:n_train], x[n_train:], y[n_train:], classes, "demo", augment=False)
 
 def load_cifar(name, directory):
     """cifar10 or cifar100; torchvision downloads it if it is not there."""
@@ -484,42 +421,34 @@ def load_cifar(name, directory):
             part = kind(directory, train, download=True)
             tensors.append(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous())
             tensors.append(torch.tensor(part.targets))
-    return Data(*tensors, part.classes, name)
-
+    return Data(*tensors, len(part.classes), name)
 
 def open_image(path):
-    with as_bad_input(f"{path}: not an image that can be read"), imported("PIL.Image").open(path) as image:
+    with imported("PIL.Image").open(path) as image:
         if image.mode.startswith(("I", "F")):
-            raise ValueError("more than 8 bits a channel")
+            raise ValueError(f"{path} has more than 8 bits a channel")
         return image.convert("RGB")
-
 
 def load_folder(directory):
     """DIR/train/CLASS/IMAGE and DIR/test/CLASS/IMAGE, resized to 32x32; or Tiny-ImageNet as it unpacks."""
     datasets, transforms = imported("torchvision.datasets"), imported("torchvision.transforms")
+    to_pixels = transforms.Compose([open_image, transforms.Resize((32, 32)), transforms.PILToTensor()])
     place = Path(directory).resolve()
     listed = place / "val" / "val_annotations.txt"
-    with as_bad_input(f"{directory}: expected train/CLASS/IMAGE and test/CLASS/IMAGE"):
+    with as_bad_input(f"--data-dir {directory}: expected train/CLASS/IMAGE and test/CLASS/IMAGE"):
         train = datasets.ImageFolder(place / "train")
-        if listed.exists():  # Tiny-ImageNet
-            tested = []
-            for line in listed.read_text("utf-8").splitlines():
-                name, wnid = line.split("\t")[:2]
-                tested.append((listed.parent / "images" / name, train.class_to_idx[wnid]))
-        else:
-            test = datasets.ImageFolder(place / "test")
-            if train.classes != test.classes or len(train.classes) < 2 or train.classes[0].startswith("."):
-                raise ValueError(f"train has {train.classes}, test {test.classes}: "
-                                 "the same, two or more, without hidden folders")
-            tested = test.samples
-    to_pixels = transforms.Compose([open_image, transforms.Resize((32, 32)), transforms.PILToTensor()])
-    tensors = []
-    for samples in train.samples, tested:
-        tensors.append(torch.stack([to_pixels(path) for path, _ in samples]))
-        tensors.append(torch.tensor([label for _, label in samples]))
+        test = datasets.ImageFolder(place / ("val" if listed.exists() else "test"))
+        if listed.exists():  # Tiny-ImageNet: one folder of images, and a list of their classes
+            wnids = dict(line.split("\t")[:2] for line in listed.read_text("utf-8").splitlines())
+            test.targets = [train.class_to_idx[wnids[Path(path).name]] for path, _ in test.samples]
+        elif train.classes != test.classes or len(train.classes) < 2 or train.classes[0].startswith("."):
+            raise ValueError(f"train has {train.classes}, test {test.classes}: the same, two or more, none hidden")
+        tensors = []
+        for part in train, test:
+            tensors.append(torch.stack([to_pixels(path) for path, _ in part.samples]))
+            tensors.append(torch.tensor(part.targets))
     print(f"{directory}: images are resized to 32x32, and in training cropped and mirrored")
-    return Data(*tensors, train.classes, place.name)
-
+    return Data(*tensors, len(train.classes), place.name)
 
 def load_data(name, directory):
     """One of --dataset's choices."""
@@ -527,45 +456,32 @@ def load_data(name, directory):
         return demo_data()
     return load_cifar(name, directory) if name.startswith("cifar") else load_folder(directory)
 
-
 # == 9. Attacks by name, and what to think of them ========================================================
 ATTACKS = ("linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255")  # PGD-10, as in [1, 2]
 
-
 def radius(text):
-    """"8/255" or "0.03" -> eps. Raises BadInput unless it is above 0."""
+    """"8/255" or "0.03" -> eps."""
     numerator, _, denominator = text.partition("/")
     with as_bad_input(f"radius {text!r}: expected 8/255 or 0.03"):
-        eps = float(numerator) / float(denominator or 1)
-        if not 0 < eps < math.inf: 
-            raise ValueError("not above 0")
-    return eps
-
+        return float(numerator) / float(denominator or 1)
 
 def fgsm(model, x, y, eps):
     """The fast gradient sign method: one linf step of full size (Goodfellow et al. 2015)."""
     return pgd(model, x, y, eps, steps=1, step_size=eps, random_start=False)
-
 
 def negative_margin(logits, y):
     """max_{j != y} z_j - z_y, summed: steep even where the network is sure (Carlini and Wagner 2017)."""
     others = logits.scatter(1, y[:, None], -math.inf).amax(1)
     return (others - logits.gather(1, y[:, None])[:, 0]).sum()
 
-
 def autoattack(model, x, y, eps, norm):
     """AutoAttack, its authors' own (Croce and Hein 2020)."""
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # it wants .view()
     attack = imported("pyautoattack").AutoAttack(plain, norm=norm.capitalize(), eps=eps, seed=0, device=x.device)
-    others = plain(x[:1]).shape[1] - 1
-    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, others)
-    if others < 3:  # its loss wants four logits
-        attack.attacks_to_run.remove("apgd-t")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), as_bad_input("autoattack wants ten classes or more"):
         x_adv, _ = attack.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
-    print(f"autoattack {norm}: {len(x)} images done", flush=True)
+    print(f"  autoattack {norm}: {len(x)} images done")
     return x_adv
-
 
 def parse_attack(text, steps=10):
     """The attack that a text names: a function (model, x, y) -> x_adv. Raises BadInput."""
@@ -586,7 +502,6 @@ def parse_attack(text, steps=10):
     check_radius(radius(eps), norm)
     return partial(attack, eps=radius(eps))
 
-
 def checked(attack):
     """The same attack, which raises BadInput unless it makes images, within its radius if it is given one."""
     def attack_and_check(model, x, y):
@@ -597,13 +512,10 @@ def checked(attack):
         if not x_adv.allclose(nearest, atol=1e-5):
             raise BadInput(f"an attack of radius {given['eps']} went further")
         return x_adv
-
     return attack_and_check
-
 
 def percent(flags):
     return 100 * int(flags.sum()) / len(flags)
-
 
 def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch_size=500):
     """Accuracy in percent: {"clean": .., name of an attack: .., ...}.  attacks: names, or {name: function}.
@@ -611,9 +523,9 @@ def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch
     images: uint8, or float pixels in [0,1], (N, 3, H, W), on the model's device; labels: (N,).
     An image is robust if it is right and stays so at every step of PGD from each of `restarts` starts.
     Raises BadInput for what makes no sense, FloatingPointError for logits that are not finite."""
-    if len(images) == 0 or len(images) != len(labels) or restarts < 1 or "clean" in attacks:
+    if len(images) != len(labels) or restarts < 1 or "clean" in attacks:
         raise BadInput(f"{len(images)} images, {len(labels)} labels, {restarts} restarts, attacks {[*attacks]}: "
-                       "expected as many labels as images, one start or more, and no attack named clean")
+                       "expected one label an image, a start or more, no attack named clean")
     if not isinstance(attacks, dict):
         attacks = {name: parse_attack(name, steps) for name in attacks}
     figures = {"clean": percent(right_images(model, images, labels, batch_size=batch_size))}
@@ -621,42 +533,35 @@ def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch
         figures[name] = percent(right_images(model, images, labels, checked(attack), restarts, batch_size))
     return figures
 
-
 def evenly_spaced(n, images, labels):
     """n of the images, with their labels; all of them if there are no more."""
-    chosen = torch.arange(min(n, len(images))) * len(images) // min(n, len(images))
+    n = min(n, len(images))
+    chosen = torch.arange(n) * len(images) // n
     return images[chosen], labels[chosen]
-
 
 @torch.no_grad()
 def doubts(model, images, labels, names, steps=10, restarts=1):
     """Reasons to doubt an evaluation, each with its percent of 200 of the images (Carlini et al. 2019): faults, then
-    what more steps or another loss take from the largest radius of each norm."""
-    x, y = evenly_spaced(200, images, labels)
-    if x.dtype == torch.uint8:
-        x = x.float() / 255
+    what more steps or another loss take from each PGD."""
+    x, y = evenly_spaced(200, pixels(images), labels)
     with restored(model):
         model.eval()
         logits = model(x.clone())
         halves = torch.cat([model(half.clone()) for half in x.chunk(2)])
         g, _ = input_gradient(model, x, y, summed_cross_entropy)
         again, _ = input_gradient(model, x, y, summed_cross_entropy)
-    steep = (steepest(g, "linf") != 0).flatten(1).any(1)
     found = {
-        "the gradient is zero or NaN": percent(~steep),
+        "the gradient is zero or NaN": percent((steepest(g, "linf") == 0).flatten(1).all(1)),
         "two gradients disagree": percent(l2_norm(g - again) > 0.1 * l2_norm(g)),
         "the logits depend on the batch": percent((logits - halves).abs().amax(1) > 1e-3 * logits.abs().amax()),
     }
-    for norm in LIMITS:
-        radii = [name.split()[1] for name in names if name.startswith(norm)]
-        if radii:
-            name = f"{norm} {max(radii, key=radius)}"
+    for name in names:
+        if name.startswith(("linf", "l2")):
             usual = evaluate(model, x, y, [name], steps, restarts)[name]
             for other, more in (name, max(50, steps)), (f"margin {name}", steps):
                 left = evaluate(model, x, y, [other], more, restarts + 1)[other]
                 found[f"{other}, {more} steps, another start"] = usual - left
     return found
-
 
 # == 10. Variants: more ascents and networks ==============================================================
 def adaptive_ascent(weights, grads, rho, eta=0.01):
@@ -666,45 +571,38 @@ def adaptive_ascent(weights, grads, rho, eta=0.01):
     v = ascent(weights, [t * g for t, g in zip(T, grads)], rho)
     return [t * a for t, a in zip(T, v)]
 
-
 def layerwise_ascent(weights, grads, gamma):
     """AWP: v = gamma * |w| * g/|g| for each tensor; biases and BatchNorm stay (Wu et al. 2020, section 4).
     AWP is sam_step on attacked images with this ascent."""
     moves = []
     for w, g in zip(weights, grads):
-        rho = gamma * w.norm() if w.ndim > 1 else 0
-        moves += ascent([w], [g], rho)
+        moves += ascent([w], [g], gamma * w.norm() if w.ndim > 1 else 0)
     return moves
-
 
 def esam_step(model, x, y, optimizer, rho, beta=0.5, gamma=0.5):
     """ESAM (Du et al. 2022, algorithm 1). Each weight tensor climbs with probability beta, one at least, by
     rho/beta in all; then the share gamma of images counts whose loss rose most. At beta = gamma = 1 SAM."""
-    losses = partial(F.cross_entropy, target=y, reduction="none")
     loss, logits = gradient(model, x, y)
     weights = [w for w in trained_weights(optimizer) if w.grad is not None]
     draws = torch.rand(len(weights))
     climbing = [w for w, draw in zip(weights, draws) if draw < beta or draw == draws.min()]
     with perturbed(climbing, rho / beta), restored(model):
         with torch.no_grad():
-            rise = losses(model(x.clone())) - losses(logits)
-        hard = rise.topk(math.ceil(gamma * len(x))).indices.sort().values
+            logits_there = model(x.clone())
+        rise = F.cross_entropy(logits_there, y, reduction="none") - F.cross_entropy(logits, y, reduction="none")
+        hard = rise.topk(math.ceil(gamma * len(x))).indices
         gradient(model, x[hard], y[hard])
     optimizer.step()
     return loss, logits
 
-
 def deit_tiny(classes, width=192):
     """DeiT-Ti on patches of 2x2, with its authors' initial values (Touvron et al. 2021)."""
-    if width % 3:
-        raise BadInput(f"width {width}: the three heads of deit_ti cannot share it")
     net = imported("torchvision.models").VisionTransformer(32, 2, 12, 3, width, 4 * width, num_classes=classes)
     for w in net.parameters():
         if w.ndim > 1:
             nn.init.trunc_normal_(w, std=0.02)
     net.conv_proj.reset_parameters()
     return net
-
 
 def small_cnn(classes, width=16):
     """Three convolutions and a linear layer, for the demo and the tests."""
@@ -713,67 +611,34 @@ def small_cnn(classes, width=16):
         layers += [nn.Conv2d(c_in, c_out, 3, 2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * width, classes))
 
-
 WRN28_10 = partial(preact_resnet, width=16, stages=(10, 20, 40), blocks=4)  # Zagoruyko and Komodakis 2016
 MODELS = {"prn18": preact_resnet, "wrn28_10": WRN28_10, "deit_ti": deit_tiny, "small": small_cnn}
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # mean and std of its pixels
 
-
 def make_model(name, classes, mean_std=CIFAR10, width=None):
     """One of MODELS, for images (N, 3, 32, 32). width: channels of the first layer, if not the usual ones."""
-    if name not in MODELS:
-        raise BadInput(f"model is {name!r}: expected one of {', '.join(MODELS)}")
     net = MODELS[name](classes, width=width) if width else MODELS[name](classes)
     return Classifier(net, *mean_std).to(memory_format=torch.channels_last)  # the fastest
-
 
 # == 11. Why it works: the simplified model of [2] ========================================================
 #    y is +1 or -1. One robust feature, x_1 = y with probability p, else -y; n others, Normal(eta y, 1), eta
 #    small. The classifier sign(w x_1 + x_2 + .. + x_{n+1}) has one weight, its trust in the robust feature.
+#        A(w) = p Phi((w + eta n)/sqrt n) + (1-p) Phi((eta n - w)/sqrt n)      its accuracy
 #        standard   max_w A(w)                         w = ln(p/(1-p)) / (2 eta)
 #        AT         the same with eta - eps for eta    w = ln(p/(1-p)) / (2 (eta - eps))    first order in eps
 #        SAM        max_w min(A(w - rho), A(w + rho))  w = w_standard (1 + rho^2/(3n))    second order in rho
 #    A' = 0 where p phi((w + eta n)/sqrt n) = (1-p) phi((eta n - w)/sqrt n); its logarithm is linear in w.
 #    AT moves each of the n features by eps < eta against y; x_1 is out of its reach. For SAM expand
 #    A(w + rho) = A(w - rho) at w_0 = w_standard: A'' (w - w_0) + A''' rho^2/6 = 0, A'''/A'' = -2 w_0/n.
-def simple_accuracy(w, p, eta, n):
-    """A(w) = p Phi((w + eta n)/sqrt n) + (1-p) Phi((eta n - w)/sqrt n), w a tensor."""
-    Phi, root = torch.special.ndtr, math.sqrt(n)
-    return p * Phi((w + eta * n) / root) + (1 - p) * Phi((eta * n - w) / root)
-
-
-def w_standard(p, eta):
-    """The maximiser of A; also AT's, at eta - eps."""
-    return math.log(p / (1 - p)) / (2 * eta)
-
-
-def w_sam(p, eta, n, rho):
-    """The maximiser of min(A(w - rho), A(w + rho)), to second order in rho."""
-    return w_standard(p, eta) * (1 + rho ** 2 / (3 * n))
-
-
-def theory(p=0.9, eta=0.5, n=10, rhos=(0.5, 1.0, 2.0)):
-    """The weight by closed form and by search over a grid, as rows. Each AT has the radius at which it ends where
-    the SAM below it does, to leading order: eta/eps = 1 + 3n/rho^2."""
-    w = torch.linspace(0, 20, 200_001, dtype=torch.float64)
-    solved = [("sgd", 0.0, w_standard(p, eta), simple_accuracy(w, p, eta, n))]
-    for rho in rhos:
-        eps = eta / (1 + 3 * n / rho ** 2)
-        solved.append(("at", eps, w_standard(p, eta - eps), simple_accuracy(w, p, eta - eps, n)))
-        worst = torch.minimum(simple_accuracy(w - rho, p, eta, n), simple_accuracy(w + rho, p, eta, n))
-        solved.append(("sam", rho, w_sam(p, eta, n, rho), worst))
-    return [{"training": training, "radius": radius, "closed form": closed_form, "search": w[accuracy.argmax()].item()}
-            for training, radius, closed_form, accuracy in solved]
-
+#    The tests solve all three by search, and train the weight with the steps of section 3.
 
 # == 12. The duality, measured: does flat around the weights go with flat around the inputs? ==============
-def sharpness(model, x, y, rhos=(0.05, 0.1, 0.2), attacks=ATTACKS):
+def sharpness(model, x, y, rhos=(0.05, 0.1, 0.2)):
     """How far the mean loss on pixels x rises at SAM's ascent of length rho, and under PGD-10, in eval mode:
     {"rho 0.1": nats, .., "linf 1/255": nats, ..}."""
     def rise(x):
         with torch.no_grad():
             return float(F.cross_entropy(model(x.clone()), y) - loss)
-
     rises = {}
     with restored(model):
         model.eval()
@@ -781,19 +646,16 @@ def sharpness(model, x, y, rhos=(0.05, 0.1, 0.2), attacks=ATTACKS):
         for rho in rhos:
             with perturbed(model, rho):
                 rises[f"rho {rho}"] = rise(x)
-        model.zero_grad()
-        for name in attacks:
+        for name in ATTACKS:
             norm, eps = name.split()
             rises[name] = rise(pgd(model, x, y, radius(eps), norm))
     return rises
-
 
 # == 13. The command line =================================================================================
 def make_step(method, s):
     """The label of --method in a table, which names all its settings, and its step, one of section 3."""
     rho, ball = f"rho {s.rho:g}", f"{s.norm} {255 * s.eps:g}/255 steps {s.attack_steps}"
     sam = partial(sam_step, rho=s.rho)
-    awp = partial(sam_step, rho=s.awp_gamma, ascend=layerwise_ascent)
     at = partial(at_step, eps=s.eps, norm=s.norm, steps=s.attack_steps)
     return {
         "sgd": ("sgd", sgd_step),
@@ -802,26 +664,22 @@ def make_step(method, s):
         "esam": (f"esam {rho}", partial(esam_step, rho=s.rho)),
         "at": (f"at {ball}", at),
         "sam+at": (f"sam+at {rho} {ball}", partial(at, step=sam)),
-        "awp": (f"awp gamma {s.awp_gamma:g} {ball}", partial(at, step=awp)),
+        "awp": (f"awp {rho} {ball}", partial(at, step=partial(sam, ascend=layerwise_ascent))),
     }[method]
 
-
 ABOUT = """Train networks with SGD, SAM or adversarial training (AT), attack them, and print one table.
-
-  sam_at.py                                       the three on synthetic data, in a minute
-  sam_at.py --method sam --rho 0.1                one of them
-  sam_at.py --dataset cifar10 --model prn18       on CIFAR-10, which is downloaded
-"""
+  sam_at.py                                               the three on synthetic data, in a minute
+  sam_at.py --method sam --rho 0.1                        one of them
+  sam_at.py --dataset cifar10 --model prn18 --epochs 30   on CIFAR-10, which is downloaded"""
 CUDA = torch.cuda.is_available()
 SETTINGS = {  # name: (default, meaning)
-    "method": (["sgd", "sam", "at"], "what to train"),
-    "rho": (0.15, "SAM's radius; asam wants ten times as much"),
-    "awp_gamma": (0.005, "awp's radius over a layer's norm"),
+    "method": (("sgd", "sam", "at"), "what to train"),
+    "rho": (0.15, "SAM's radius; asam wants ten times as much, awp 0.005"),
     "eps": ("1/255", "AT's radius"),
     "norm": ("linf", "AT's norm"),
     "attack_steps": (5, "AT's steps, of eps/4 each; 1 is one of 1.25 eps, at SAM's price"),
     "dataset": ("demo", "what to train on and to attack"),
-    "data_dir": ("", "its place; of your own images: train/CLASS/IMAGE, test/CLASS/IMAGE"),
+    "data_dir": ("data", "its place; of your own images: train/CLASS/IMAGE, test/CLASS/IMAGE"),
     "model": ("small", "the network"),
     "width": (0, "channels of its first layer; 0: the usual ones"),
     "epochs": (10, "passes over the training images"),
@@ -837,19 +695,12 @@ SETTINGS = {  # name: (default, meaning)
     "restarts": (1, "PGD's random starts, all to withstand"),
     "images": (0, "test images, evenly spaced; 0: all"),
     "sharpness": (False, "no attacks: how far the loss rises around weights and inputs"),
-    "json": ("", "new file for the records"),
-    "theory": (False, "just the simplified model, solved twice"),
     "benchmark": (False, "just time the methods' steps"),
 }
 CHOICES = {
-    "method": ["sgd", "sam", "asam", "esam", "at", "sam+at", "awp"],
-    "norm": LIMITS,
-    "dataset": ["demo", "cifar10", "cifar100", "tiny-imagenet", "folder"],
-    "model": MODELS,
-    "device": ["cpu", "cuda"],
+    "method": ["sgd", "sam", "asam", "esam", "at", "sam+at", "awp"], "norm": LIMITS, "model": MODELS,
+    "dataset": ["demo", "cifar10", "cifar100", "tiny-imagenet", "folder"], "device": ["cpu", "cuda"],
 }
-NOT_ZERO = ("attack_steps", "epochs", "batch_size", "eval_steps", "restarts")
-
 
 def parse_args(argv=None):
     """The settings. Input that makes no sense ends the program with code 2, or raises BadInput."""
@@ -861,263 +712,193 @@ def parse_args(argv=None):
             options["action"] = argparse.BooleanOptionalAction
         elif default is False:
             options["action"] = "store_true"
-        elif isinstance(default, (list, tuple)):
+        elif type(default) is tuple:
             options.update(nargs="+", choices=CHOICES.get(name))
         else:
             options.update(type=type(default), choices=CHOICES.get(name))
         parser.add_argument("--" + name.replace("_", "-"), **options)
     s = parser.parse_args(argv)
     for name, value in vars(s).items():
-        if isinstance(value, (int, float)) and (not 0 <= value < 1e9 or value == 0 and name in NOT_ZERO):
-            raise BadInput(f"--{name.replace('_', '-')} {value} makes no sense")
+        least = 1 if type(value) is int and SETTINGS[name][0] > 0 else 0
+        if type(value) in (int, float) and not least <= value < 1e9:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
     s.eps = radius(s.eps)
     check_radius(s.eps, s.norm)
     for name in s.attacks:
         parse_attack(name)
     if s.lr == 0:
         s.lr = 0.001 if s.model == "deit_ti" else 0.1
+    if s.device == "cuda" and not CUDA:
+        raise BadInput("--device cuda: no GPU found")
     if s.bf16 is None:
         amx = torch.cpu.get_capabilities().get("amx_bf16", False)
         s.bf16 = torch.cuda.is_bf16_supported(False) if s.device == "cuda" else amx
-    if s.device == "cuda" and not CUDA:
-        raise BadInput("--device cuda: no GPU found")
-    if s.dataset in ("folder", "tiny-imagenet") and not s.data_dir:
-        raise BadInput(f"--dataset {s.dataset} wants --data-dir DIR")
-    if s.dataset == "demo" and s.data_dir:
-        raise BadInput("--data-dir wants its --dataset")
-    if s.batch_size % WORLD:
-        raise BadInput(f"--batch-size: {WORLD} processes cannot share {s.batch_size}")
-    if s.json and (os.path.lexists(s.json) or not os.access(Path(s.json).parent, os.W_OK)):
-        raise BadInput(f"--json {s.json}: expected a new file, in a folder that can be written to")
     return s
-
 
 # == 14. More than one device: torchrun starts a process for each =========================================
 #    Processes with the same weights and random numbers take their shares of the same batches. The gradients
 #    are averaged before the update; SAM's v is each share's own (m-sharpness, Foret et al. 2021, section 4).
-def start_processes(device):
-    """Join the other processes. All but the first print nothing."""
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group()
-    atexit.register(distributed.destroy_process_group)
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-
-
 def average_gradients(optimizer, *_):
-    """A hook in front of optimizer.step()."""
     for w in trained_weights(optimizer):
         if w.grad is not None:
             distributed.all_reduce(w.grad)
             w.grad /= WORLD
 
+def start_processes(device):
+    """Join the other processes. All but the first print nothing."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group()
+    torch.optim.optimizer.register_optimizer_step_pre_hook(average_gradients)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
 
-# == 15. Runs: a folder each, with checkpoint.pt, replaced after each epoch, and results.jsonl ============
-def sha256(*things):
-    """Checksum of tensors, bit for bit, and of texts."""
-    digest = hashlib.sha256()
-    for thing in things:
-        digest.update(thing.encode() if isinstance(thing, str) else thing.contiguous().numpy())
-    return digest.hexdigest()[:12]
+# == 15. Runs: a folder each, with checkpoint.pt and a record (.json) for each way of measuring it =========
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()[:12]
 
-
-try:
-    CODE = sha256(Path(__file__).read_text("utf-8"))  # now: somebody may edit the file while it runs
-except (NameError, OSError):
-    CODE = "unknown"  # a notebook has no file
-
+CODE = sha256(Path(__file__).read_bytes()) if "__file__" in globals() else ""  # now, before somebody edits it
 
 def write_whole(path, content):
     """Write bytes whole or not at all; the first process does."""
     if RANK == 0:
         part = path.with_name(path.name + ".part")
         part.write_bytes(content)
-        os.replace(part, path)
-
+        part.replace(path)
 
 def build(s, classes, mean_std=CIFAR10):
-    """The network, its optimizer and schedule. Every method starts at the same weights."""
+    """The network, the same compiled if that is asked for, its optimizer and schedule. All methods start alike."""
     torch.manual_seed(s.seed)
-    with as_bad_input(f"--model {s.model} --width {s.width}: cannot be built"):
+    with as_bad_input(f"--model {s.model} --width {s.width} cannot be built"):
         model = make_model(s.model, classes, mean_std, s.width).to(s.device)
     model.bf16 = s.bf16
     compiled = torch.compile(model, dynamic=False) if s.compile else model
     return model, compiled, *make_optimizer(model, s.lr, s.epochs, s.model == "deit_ti")
 
-
 def train_or_resume(s, data, step, training, checkpoint):
     """The trained network and its log, a row an epoch. After each epoch the checkpoint is replaced, so that the
     same command goes on where it was interrupted. training: all that decides the weights."""
-    std, mean = torch.std_mean(data.x.float() / 255, dim=(0, 2, 3))
-    model, compiled, optimizer, schedule = build(s, len(data.classes), (mean, std.clamp_min(1e-3)))
+    std, mean = torch.std_mean(pixels(data.x), dim=(0, 2, 3))
+    model, compiled, optimizer, schedule = build(s, data.classes, (mean, std.clamp_min(1e-3)))
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     device = torch.cuda if s.device == "cuda" else torch  # whose random numbers count, too
     log = []
     if checkpoint.exists():
-        with as_bad_input(f"{checkpoint} is damaged: move it away"):
+        with as_bad_input(f"{checkpoint} is damaged, or another run's: move it away"):
             if zipfile.ZipFile(checkpoint).testzip() is not None:
                 raise ValueError("a checksum is wrong")
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if state["training"] != training:
-            raise BadInput(f"{checkpoint} is another run's: move it away")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+            if state["training"] != training:
+                raise ValueError("the settings differ")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         torch.set_rng_state(state["random"])
         device.set_rng_state(state["device_random"])
         log = state["log"]
-        print(f"{training['method']}  trained for {len(log)} epochs of {s.epochs}")
-    if WORLD > 1:
-        optimizer.register_step_pre_hook(average_gradients)
-    start, before = time.perf_counter(), len(log)
+        print(f"{training['method']}  is trained up to epoch {len(log)}/{s.epochs}")
     for row in train(compiled, data, step, optimizer, schedule, s.epochs, s.batch_size):
         log.append({**row, "code": CODE})
-        state = {"training": training, "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "schedule": schedule.state_dict(), "random": torch.get_rng_state(),
-                 "device_random": device.get_rng_state()}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state.update(training=training, log=log, random=torch.get_rng_state(), device_random=device.get_rng_state())
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_whole(checkpoint, buffer.getvalue())
-        left = (time.perf_counter() - start) / (len(log) - before) * (s.epochs - len(log))
         print(f"{training['method']}  epoch {len(log)}/{s.epochs}  loss {row['loss']:.4f}  accuracy "
-              f"{row['accuracy']:.1f}%  {row['seconds']:.1f} s, {left:.0f} s left")
+              f"{row['accuracy']:.1f}%  {row['seconds']:.1f} s, {row['seconds'] * (s.epochs - len(log)):.0f} s left")
     return model, log
 
-
-def attack_all(s, model, images, labels):
-    """Which images are right, clean and under each attack: {name: (N,) bool}."""
-    right = {"clean": right_images(model, images, labels)}
-    for name in s.attacks:
+def measure(s, model, images, labels):
+    """What a record says of the network: figures; which images were right, eight a byte, in base64; doubts."""
+    if s.sharpness:
+        return {"figures": sharpness(model, pixels(images), labels), "right": {}, "stronger": {}}
+    figures, right = {}, {}
+    for name in ("clean", *s.attacks):
         torch.manual_seed(s.seed)  # an attack draws the same numbers, whatever was before it
-        right[name] = right_images(model, images, labels, parse_attack(name, s.eval_steps), s.restarts)
-        print(f"  {name}: {percent(right[name]):.1f}% (clean {percent(right['clean']):.1f}%)")
+        attack = None if name == "clean" else parse_attack(name, s.eval_steps)
+        flags = right_images(model, images, labels, attack, s.restarts)
+        figures[name] = percent(flags)
+        right[name] = base64.b64encode(numpy.packbits(flags.cpu())).decode()
+        print(f"  {name}: {figures[name]:.1f}%")
     print("  checking with stronger attacks")
-    return right
+    stronger = doubts(model, images, labels, s.attacks, s.eval_steps, s.restarts)
+    return {"figures": figures, "right": right, "stronger": stronger}
 
+TRAINING = ("dataset", "model", "width", "epochs", "batch_size", "lr", "bf16", "compile", "seed", "device")
 
 def run(method, s, data):
     """Train one network and measure it, each unless that is done. Returns its record: the label of its row, the
     title of its table, its figures, and all that decides them."""
     label, step = make_step(method, s)
-    training = {"method": label, "processes": WORLD, "data": sha256(data.x, data.y, data.x_test, data.y_test)}
-    for key in "dataset", "model", "width", "epochs", "batch_size", "lr", "bf16", "compile", "seed", "device":
+    content = b"".join(t.cpu().numpy().tobytes() for t in (data.x, data.y, data.x_test, data.y_test))
+    training = {"method": label, "processes": WORLD, "data": sha256(content)}
+    for key in TRAINING:
         training[key] = getattr(s, key)
     count = s.images or (1000 if s.sharpness else len(data.x_test))
-    images, labels = evenly_spaced(count, data.x_test.to(s.device), data.y_test.to(s.device))
-    what = "rise of the loss" if s.sharpness else f"{s.eval_steps} steps from {s.restarts} starts"
-    measured = {"images": len(images), "what": what, "attacks": list(s.attacks)}
-    name = f"{s.dataset}-{s.model}-{label}-seed{s.seed}-{sha256(json.dumps(training))[:8]}"
-    folder = Path(s.runs, name.replace(" ", "-").replace("/", "_"))
+    images, labels = evenly_spaced(count, data.x_test, data.y_test)
+    what = "rise of the loss" if s.sharpness else f"{', '.join(s.attacks)}, {s.eval_steps} steps, {s.restarts} starts"
+    table = (f"{data.source} ({training['data']}), {s.model} width {s.width or 'as usual'}, {s.epochs} epochs, "
+             f"lr {s.lr:g}, batch {s.batch_size}; {len(images)} test images, {what}")
+    name = f"{data.source} {s.model} {label} seed {s.seed} {sha256(json.dumps(training).encode())}"
+    folder = Path(s.runs, name.replace("/", "_"))
     folder.mkdir(parents=True, exist_ok=True)
-    results = folder / "results.jsonl"
-    with as_bad_input(f"{results} holds other things than records: move it away"):
-        lines = results.read_text("utf-8").splitlines() if results.exists() else []
-        for line in lines:
-            record = json.loads(line)
-            if record["measured"] == measured:
-                print(f"{label}  reported from {results}")
-                return record
+    path = folder / f"{sha256(table.encode())}.json"
+    if path.exists():
+        print(f"{label}  reported from {path}")
+        with as_bad_input(f"{path} is damaged: move it away"):
+            return json.loads(path.read_bytes())
     model, log = train_or_resume(s, data, step, training, folder / "checkpoint.pt")
-    torch.manual_seed(s.seed)
-    right, stronger = {}, {}
-    if s.sharpness:
-        figures = sharpness(model, images.float() / 255, labels)
-    else:
-        right = attack_all(s, model, images, labels)
-        figures = {name: percent(flags) for name, flags in right.items()}
-        stronger = doubts(model, images, labels, s.attacks, s.eval_steps, s.restarts)
+    machine = torch.cuda.get_device_name() if s.device == "cuda" else dict(torch.cpu.get_capabilities())
     record = {
-        "label": label,
-        "table": f"{data.source}, {s.model}{f' width {s.width}' * (s.width > 0)}, {s.epochs} epochs, lr {s.lr:g}, "
-                 f"batch {s.batch_size}; {len(images)} test images, {what}",
-        "figures": figures,
-        "right": {name: base64.b64encode(numpy.packbits(flags.cpu())).decode() for name, flags in right.items()},
-        "stronger": stronger,
-        "training": training,
-        "measured": measured,
-        "log": log,
-        "measured_by": CODE,
-        "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if s.device == "cuda" else str(torch.cpu.get_capabilities()),
-        "threads": torch.get_num_threads(),
+        "label": label, "table": table, **measure(s, model, images, labels), "images": len(images),
+        "training": training, "log": log, "code": CODE, "torch": torch.__version__,
+        "machine": machine, "threads": torch.get_num_threads(),
     }
-    write_whole(results, "\n".join([*lines, json.dumps(record), ""]).encode())
+    write_whole(path, json.dumps(record).encode())
     return record
-
 
 # == 16. The program ======================================================================================
 def benchmark(s):
-    """Seconds a step takes, of each method in both precisions, as rows."""
+    """Print the seconds that a step of each method takes, in both precisions."""
     from torch.utils.benchmark import Timer
-    x = torch.rand(s.batch_size, 32, 32, 3, device=s.device).permute(0, 3, 1, 2)  # laid out as in batches()
+    x = torch.rand(s.batch_size, 3, 32, 32, device=s.device)
     y = torch.arange(s.batch_size, device=s.device) % 10
-    rows = []
     for s.bf16 in False, True:
         for method in s.method:
             label, step = make_step(method, s)
             _, compiled, optimizer, _ = build(s, 10)
             timer = Timer("step(compiled, x, y, optimizer)", globals=locals(), num_threads=torch.get_num_threads())
-            seconds = timer.adaptive_autorange(0.2, max_run_time=20).median
-            rows.append({"method": f"{label}{' bfloat16' * s.bf16}", "step_s": seconds,
-                         "ratio_to_first": seconds / rows[0]["step_s"] if rows else 1.0})
-    return rows
-
-
-def print_table(rows, digits):
-    """Rows are dicts of the same keys. The first column is text."""
-    first, *others = rows[0]
-    print(f"\n{first:38}" + "".join(f"  {key}" for key in others))
-    for row in rows:
-        cells = [f"{row[key]:{len(key) + 2}.{digits}f}" for key in others]
-        print(f"{row[first]:38}" + "".join(cells))
-
+            seconds = timer.adaptive_autorange().median
+            print(f"{label:38}  {'bfloat16' if s.bf16 else 'float32'}  {seconds:.4f} s a step")
 
 def show(records):
-    """Print what runs end with: figures, what clearly differs from SGD, image by image, and doubts."""
-    print_table([{"method": r["label"], **r["figures"]} for r in records], 1 if records[0]["right"] else 2)
-    sgd = records[0]["right"]
-    for r in records[1:]:
-        clear = []
-        for name, text in r["right"].items():
-            a, b = (numpy.unpackbits(numpy.frombuffer(base64.b64decode(t), numpy.uint8)) for t in (text, sgd[name]))
-            difference = (a.astype(float) - b)[:r["measured"]["images"]]
-            gain, error = 100 * difference.mean(), 100 * difference.std() / len(difference) ** 0.5
-            if abs(gain) > 2 * error:
-                clear.append(f"{gain:+.1f} {name}")
-        print(f"{r['label']} against {records[0]['label']}: {', '.join(clear) or 'no clear difference'}")
+    """Print the table that a program ends with, and the reasons to doubt it."""
+    names = records[0]["figures"]
+    print(f"\n{'method':38}" + "".join(f"  {name}" for name in names))
+    for r in records:
+        cells = [f"{r['figures'][name]:{len(name) + 2}.{1 if r['right'] else 3}f}" for name in names]
+        print(f"{r['label']:38}" + "".join(cells))
     for r in records:
         for reason, points in r["stronger"].items():
             if points > 1:
                 print(f"warning: {r['label']}: {reason}: {points:.1f}")
 
-
 def perform(s):
-    """Do what the settings say; return rows for --json."""
     torch.backends.cudnn.allow_tf32 = False  # attacks want all 23 bits
-    if s.theory:
-        rows = theory()
-        print_table(rows, 3)
-        return rows
     if s.benchmark:
-        rows = benchmark(s)
-        print_table(rows, 3)
-        return rows
-    if WORLD > 1:
-        start_processes(s.device)
-    data = load_data(s.dataset, s.data_dir or "data")
-    print(f"{data.source}: {len(data.x)} and {len(data.x_test)} images; {s.model} on {s.device}")
-    records = [run(method, s, data) for method in s.method]
-    show(records)
-    return records
-
+        benchmark(s)
+    else:
+        if WORLD > 1:
+            start_processes(s.device)
+        data = load_data(s.dataset, s.data_dir)
+        print(f"{data.source}: {len(data.x)} and {len(data.x_test)} images; {s.model} on {s.device}")
+        for name in "x", "y", "x_test", "y_test":
+            setattr(data, name, getattr(data, name).to(s.device))
+        show([run(method, s, data) for method in s.method])
 
 def main(argv=None):
     """The command line. Returns the exit code: 0; 2 after a line on what cannot be done; 130 after Ctrl-C."""
     try:
-        s = parse_args(argv)
-        rows = perform(s)
-        if s.json:
-            write_whole(Path(s.json), json.dumps(rows, indent=1).encode())
+        perform(parse_args(argv))
         return 0
     except (BadInput, FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message, code = str(error).partition("\n")[0] or "out of memory", 2
@@ -1126,6 +907,6 @@ def main(argv=None):
     print(f"sam_at.py: {message}", file=sys.stderr)
     return code
 
-
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
     sys.exit(main())
