@@ -9,7 +9,6 @@ Is a network whose loss is flat around its *weights* also flat around its *input
     AT    min_w  max_{|delta|_p <= eps}  L(w; x + delta, y)  the worst inputs near x: a delta for each image
 [1] and [2] claim that SAM alone gains robustness and keeps clean accuracy, and that AT gains more and loses some;
 RESULTS.md says what came of that here. To train with SGD, SAM and AT, attack all three and print one table:
-
     python sam_at.py                     on synthetic data, in a minute
     python sam_at.py --method sam        one of them
     python sam_at.py --help              everything else
@@ -18,6 +17,7 @@ Units: pixels are in [0,1], eps and delta in the same unit (8/255, not 8), rho i
 x: float images (N, C, H, W).  y: int64 labels (N,).  logits: (N, classes).
 """
 import argparse
+import atexit
 import base64
 import copy
 import hashlib
@@ -40,6 +40,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 RANK, WORLD = 0, 1  # which of how many processes this is
 if distributed.is_torchelastic_launched():  # that is, by torchrun
@@ -88,12 +89,12 @@ def input_gradient(model, x, y, loss):
         logits = model(x.clone())  # a copy, here and below: some models work in place
         g, = torch.autograd.grad(loss(logits, y), x)
     wrong = logits.detach().argmax(1) != y
-    return g, wrong.view(len(y), -1).all(1)  # of several labels (segmentation): all of them
+    return g, wrong.view(len(y), -1).all(1)  # in segmentation: wrong everywhere
 
 @contextmanager
 def restored(model):
-    """After the block the model's buffers, modes and requires_grad are what they were before, bit for bit:
-    BatchNorm's running statistics describe w and finished images, not w + v nor an attack under way."""
+    """After the block the model's buffers, modes and requires_grad have their old values, bit for bit: BatchNorm's
+    running statistics are of w and of finished images, not of w + v nor of an attack under way."""
     modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     wanted = [(w, w.requires_grad) for w in model.parameters()]
@@ -106,12 +107,11 @@ def restored(model):
             module.training = mode
             module._buffers.update(its_buffers)  # forward() may have put others in their place
         for buffer, before in buffers:
-            buffer.data = before
+            buffer.data.copy_(before)
 
-LIMITS = {"linf": 1, "l2": 8}  # a radius from here on is a slip, such as 8 for 8/255
+LIMITS = {"linf": 1, "l2": 8}  # eps stays below: 8 instead of 8/255 is a slip
 
 def check_radius(eps, norm):
-    """Raise BadInput unless eps can be a radius."""
     if norm not in LIMITS or not 0 <= eps < LIMITS[norm]:
         raise BadInput(f"{norm} {eps}: expected linf and a radius below 1, or l2 and one below 8 (8/255, not 8)")
 
@@ -153,9 +153,8 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
 #    'Dual': a score w.x changes alike when either factor moves. On a linear score both maxima are exact and lower the
 #    margin: delta (l2) by eps|w| for each image, v by rho|x|, more for images far from 0. In a dense first layer
 #    z = Wx an attack delta does what the move V = (W delta) x^T/|x|^2 of the weights does, and V what the attack
-#    W^+ V x does (W of full row rank, W^+ its pseudoinverse): for one image, flat in the weights is flat against those
-#    attacks. But one v serves all images, a maximum of means is at most the mean of maxima, and SAM's one step spreads
-#    rho over all layers: it is the weaker of the two.
+#    W^+ V x does (W of full row rank, W^+ its pseudoinverse): for one image, flat in the weights is flat against
+#    those. But one v serves all images, and SAM's one step spreads rho over all layers: it is the weaker of the two.
 def ascent(weights, grads, rho):
     """v = rho * g/|g|_2, one norm over all weights (Foret et al. 2021, eq. 2); where g is 0, so is v."""
     scale = rho / nn.utils.get_total_norm(grads).clamp_min(1e-12)
@@ -175,15 +174,15 @@ def perturbed(model, rho, ascend=ascent):
                        "and give a network or a list, not one tensor nor an iterator that is used up")
     before = [w.detach().clone() for w in moved]
     moves = ascend(before, [w.grad for w in moved], rho)
-    with torch.no_grad():
-        for w, v in zip(moved, moves):
-            w.add_(v)  # in place, so that torch refuses a graph that was made at w
-    versions = [w._version for w in moved]
-    torch.clear_autocast_cache()  # autocast may hold copies of w
     try:
+        with torch.no_grad():
+            for w, v in zip(moved, moves):
+                w.add_(v)  # in place, so that torch refuses a graph that was made at w
+        torch.clear_autocast_cache()  # autocast may hold copies of w
         yield
-        if versions != [w._version for w in moved]:
-            raise RuntimeError("the weights were changed inside perturbed(): call optimizer.step() after it")
+        for w, w_before, v in zip(moved, before, moves):
+            if not torch.allclose(w, w_before + v, 0, 0, equal_nan=True):
+                raise RuntimeError("weights were changed inside perturbed(): call optimizer.step() after it")
     finally:
         with torch.no_grad():
             for w, w_before in zip(moved, before):
@@ -192,8 +191,8 @@ def perturbed(model, rho, ascend=ascent):
 
 # == 3. The three training steps ==========================================================================
 #    They differ in where the gradient is taken. None differentiates through v or delta, though both depend on w: the
-#    gradient of a maximum is the gradient at its maximiser, where that is unique (Danskin's theorem). PGD comes near
-#    it, SAM's one step less so. Each returns the loss and the logits of its first gradient in w, detached.
+#    gradient of a maximum is the gradient at its maximiser, where that is unique (Danskin's theorem). PGD comes close
+#    to it, SAM's one step less. Each returns the loss and the logits of its first gradient in w, detached.
 def gradient(model, x, y):
     """Put dL/dw on the weights, in place of what lay there; return loss and logits."""
     model.zero_grad()
@@ -222,7 +221,7 @@ def sam_step(model, x, y, optimizer, rho, ascend=ascent):
 def at_step(model, x, y, optimizer, eps, norm="linf", steps=5, step=sgd_step):
     """AT: the gradient at (w, x + delta), applied at w (Madry et al. 2018, eq. 2.1).  steps + 1 gradients a step.
     With step = partial(sam_step, rho=rho) the two combine: the gradient at (w + v, x + delta)."""
-    step_size = 1.25 * eps if steps == 1 else eps / 4  # one step must cross the ball (Wong et al. 2020)
+    step_size = 1.25 * eps if steps == 1 else eps / 4  # one step: as Wong et al. 2020
     x_adv = pgd(model, x, y, eps, norm, steps, step_size)
     return step(model, x_adv, y, optimizer)
 
@@ -254,8 +253,8 @@ def preact_resnet(classes, width=64, stages=(1, 2, 4, 8), blocks=2):
             stride = 2 if i > 0 and j == 0 else 1
             layers.append(PreActBlock(c_in, stage * width, stride))
             c_in = stage * width
-    pool = nn.AdaptiveAvgPool2d(1)
-    return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(), pool, nn.Flatten(), nn.Linear(c_in, classes))
+    return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(c_in, classes))
 
 class Classifier(nn.Module):
     """logits = net((x - mean) / std): the normalisation is inside, so x, delta and eps are always pixels.
@@ -280,7 +279,7 @@ class Data:
     x_test: torch.Tensor
     y_test: torch.Tensor
     classes: int
-    source: str  # what this is
+    source: str  # its name in records
     augment: bool = True
 
 def crop_and_flip(x, pad=4):
@@ -304,8 +303,8 @@ def batches(data, batch_size):
         x, y = pixels(data.x[batch]), data.y[batch]
         if data.augment:
             x = crop_and_flip(x)
-        share = slice(RANK, len(y) // WORLD * WORLD, WORLD)
-        if len(y[share]):
+        if len(y) >= WORLD:
+            share = slice(RANK, len(y) // WORLD * WORLD, WORLD)
             yield x[share], y[share]
 
 # == 6. The training loop, the same for every method ======================================================
@@ -319,8 +318,8 @@ def make_optimizer(model, lr, epochs, adamw=False):
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
 def train(model, data, step, optimizer, schedule, epochs, batch_size):
-    """Train with step(model, x, y, optimizer), one of section 3, from where the schedule stands; yield a row of
-    figures after each epoch, of the images as the step saw them. Raises FloatingPointError if training diverges."""
+    """Train with step(model, x, y, optimizer), one of section 3; yield a row of figures after each epoch, of the
+    images as (this process's) steps saw them. Raises FloatingPointError if training diverges."""
     for epoch in range(schedule.last_epoch + 1, epochs + 1):
         start = time.perf_counter()
         loss_sum = correct = images = 0
@@ -370,11 +369,11 @@ def right_images(model, images, labels, attack=None, restarts=1, batch_size=500)
             parts.append(right)
     return torch.cat(parts)
 
-
 # A first reading ends here.
 
 # == 8. Where the data comes from =========================================================================
-OUTSIDE = OSError, ValueError, TypeError, LookupError, AssertionError, RuntimeError, MemoryError, zipfile.BadZipFile
+OUTSIDE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, SyntaxError, RuntimeError,
+           zipfile.BadZipFile)
 
 @contextmanager
 def as_bad_input(what):
@@ -388,7 +387,7 @@ def imported(name):
     """A module that may be missing. Then BadInput says how to get it."""
     try:
         return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside a torch of another version
+    except ImportError as error:
         raise BadInput(f"pip install {name.split('.')[0]} ({error})") from None
 
 def demo_data(n_train=4000, n_test=1000, classes=10):
@@ -472,13 +471,13 @@ def fgsm(model, x, y, eps):
 def negative_margin(logits, y):
     """max_{j != y} z_j - z_y, summed: steep even where the network is sure (Carlini and Wagner 2017)."""
     others = logits.scatter(1, y[:, None], -math.inf).amax(1)
-    return (others - logits.gather(1, y[:, None])[:, 0]).sum()
+    return others.sum() - logits.gather(1, y[:, None]).sum()
 
 def autoattack(model, x, y, eps, norm):
     """AutoAttack, its authors' own (Croce and Hein 2020)."""
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # it wants .view()
     attack = imported("pyautoattack").AutoAttack(plain, norm=norm.capitalize(), eps=eps, seed=0, device=x.device)
-    with torch.random.fork_rng(), as_bad_input("autoattack wants ten classes or more"):
+    with as_bad_input("autoattack wants ten classes or more"):
         x_adv, _ = attack.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
     print(f"  autoattack {norm}: {len(x)} images done")
     return x_adv
@@ -611,8 +610,10 @@ def small_cnn(classes, width=16):
         layers += [nn.Conv2d(c_in, c_out, 3, 2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * width, classes))
 
-WRN28_10 = partial(preact_resnet, width=16, stages=(10, 20, 40), blocks=4)  # Zagoruyko and Komodakis 2016
-MODELS = {"prn18": preact_resnet, "wrn28_10": WRN28_10, "deit_ti": deit_tiny, "small": small_cnn}
+MODELS = {
+    "prn18": preact_resnet, "deit_ti": deit_tiny, "small": small_cnn,
+    "wrn28_10": partial(preact_resnet, width=16, stages=(10, 20, 40), blocks=4),  # Zagoruyko and Komodakis 2016
+}
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # mean and std of its pixels
 
 def make_model(name, classes, mean_std=CIFAR10, width=None):
@@ -633,9 +634,9 @@ def make_model(name, classes, mean_std=CIFAR10, width=None):
 #    The tests solve all three by search, and train the weight with the steps of section 3.
 
 # == 12. The duality, measured: does flat around the weights go with flat around the inputs? ==============
-def sharpness(model, x, y, rhos=(0.05, 0.1, 0.2)):
-    """How far the mean loss on pixels x rises at SAM's ascent of length rho, and under PGD-10, in eval mode:
-    {"rho 0.1": nats, .., "linf 1/255": nats, ..}."""
+def sharpness(model, x, y):
+    """How far the mean loss rises at SAM's ascent of length rho, and under PGD-10, in eval mode:
+    {"rho 0.1": nats, .., "linf 1/255": nats, ..}.  x: float pixels."""
     def rise(x):
         with torch.no_grad():
             return float(F.cross_entropy(model(x.clone()), y) - loss)
@@ -643,7 +644,7 @@ def sharpness(model, x, y, rhos=(0.05, 0.1, 0.2)):
     with restored(model):
         model.eval()
         loss, _ = gradient(model, x, y)
-        for rho in rhos:
+        for rho in 0.05, 0.1, 0.2:
             with perturbed(model, rho):
                 rises[f"rho {rho}"] = rise(x)
         for name in ATTACKS:
@@ -653,8 +654,8 @@ def sharpness(model, x, y, rhos=(0.05, 0.1, 0.2)):
 
 # == 13. The command line =================================================================================
 def make_step(method, s):
-    """The label of --method in a table, which names all its settings, and its step, one of section 3."""
-    rho, ball = f"rho {s.rho:g}", f"{s.norm} {255 * s.eps:g}/255 steps {s.attack_steps}"
+    """The label of --method in a table, which names its settings, and its step, one of section 3."""
+    rho, ball = f"rho {s.rho:.9g}", f"{s.norm} {255 * s.eps:.9g}/255 steps {s.attack_steps}"
     sam = partial(sam_step, rho=s.rho)
     at = partial(at_step, eps=s.eps, norm=s.norm, steps=s.attack_steps)
     return {
@@ -693,7 +694,7 @@ SETTINGS = {  # name: (default, meaning)
     "attacks": (ATTACKS, "also 'margin linf 8/255', 'fgsm 8/255', 'autoattack linf 8/255'"),
     "eval_steps": (10, "PGD's steps, of eps/4 each"),
     "restarts": (1, "PGD's random starts, all to withstand"),
-    "images": (0, "test images, evenly spaced; 0: all"),
+    "images": (0, "test images, evenly spaced; 0: all, but 1000 with --sharpness"),
     "sharpness": (False, "no attacks: how far the loss rises around weights and inputs"),
     "benchmark": (False, "just time the methods' steps"),
 }
@@ -719,7 +720,7 @@ def parse_args(argv=None):
         parser.add_argument("--" + name.replace("_", "-"), **options)
     s = parser.parse_args(argv)
     for name, value in vars(s).items():
-        least = 1 if type(value) is int and SETTINGS[name][0] > 0 else 0
+        least = int(type(value) is int and SETTINGS[name][0] > 0)
         if type(value) in (int, float) and not least <= value < 1e9:
             raise BadInput(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
     s.eps = radius(s.eps)
@@ -731,8 +732,9 @@ def parse_args(argv=None):
     if s.device == "cuda" and not CUDA:
         raise BadInput("--device cuda: no GPU found")
     if s.bf16 is None:
-        amx = torch.cpu.get_capabilities().get("amx_bf16", False)
-        s.bf16 = torch.cuda.is_bf16_supported(False) if s.device == "cuda" else amx
+        s.bf16 = torch.cpu.get_capabilities().get("amx_bf16", False)
+        if s.device == "cuda":
+            s.bf16 = torch.cuda.is_bf16_supported(False)
     return s
 
 # == 14. More than one device: torchrun starts a process for each =========================================
@@ -745,11 +747,12 @@ def average_gradients(optimizer, *_):
             w.grad /= WORLD
 
 def start_processes(device):
-    """Join the other processes. All but the first print nothing."""
+    """Join the other processes. All but the first print errors alone."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group()
-    torch.optim.optimizer.register_optimizer_step_pre_hook(average_gradients)
+    atexit.register(distributed.destroy_process_group)
+    register_optimizer_step_pre_hook(average_gradients)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -775,36 +778,34 @@ def build(s, classes, mean_std=CIFAR10):
     compiled = torch.compile(model, dynamic=False) if s.compile else model
     return model, compiled, *make_optimizer(model, s.lr, s.epochs, s.model == "deit_ti")
 
-def train_or_resume(s, data, step, training, checkpoint):
+def train_or_resume(s, data, label, step, checkpoint):
     """The trained network and its log, a row an epoch. After each epoch the checkpoint is replaced, so that the
-    same command goes on where it was interrupted. training: all that decides the weights."""
+    same command goes on where it was interrupted."""
     std, mean = torch.std_mean(pixels(data.x), dim=(0, 2, 3))
     model, compiled, optimizer, schedule = build(s, data.classes, (mean, std.clamp_min(1e-3)))
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    device = torch.cuda if s.device == "cuda" else torch  # whose random numbers count, too
+    generator = torch.cuda if s.device == "cuda" else torch  # of the other random numbers
     log = []
     if checkpoint.exists():
-        with as_bad_input(f"{checkpoint} is damaged, or another run's: move it away"):
+        with as_bad_input(f"{checkpoint} is damaged, or another program's: move it away"):
             if zipfile.ZipFile(checkpoint).testzip() is not None:
                 raise ValueError("a checksum is wrong")
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            if state["training"] != training:
-                raise ValueError("the settings differ")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"])
-        device.set_rng_state(state["device_random"])
-        log = state["log"]
-        print(f"{training['method']}  is trained up to epoch {len(log)}/{s.epochs}")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["random"])
+            generator.set_rng_state(state["device_random"])
+            log = state["log"]
+        print(f"{label}  is trained up to epoch {len(log)}/{s.epochs}")
     for row in train(compiled, data, step, optimizer, schedule, s.epochs, s.batch_size):
         log.append({**row, "code": CODE})
         state = {name: part.state_dict() for name, part in parts.items()}
-        state.update(training=training, log=log, random=torch.get_rng_state(), device_random=device.get_rng_state())
+        state.update(log=log, random=torch.get_rng_state(), device_random=generator.get_rng_state())
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_whole(checkpoint, buffer.getvalue())
-        print(f"{training['method']}  epoch {len(log)}/{s.epochs}  loss {row['loss']:.4f}  accuracy "
-              f"{row['accuracy']:.1f}%  {row['seconds']:.1f} s, {row['seconds'] * (s.epochs - len(log)):.0f} s left")
+        print(f"{label}  epoch {len(log)}/{s.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.1f}%"
+              f"  {row['seconds']:.1f} s, {row['seconds'] * (s.epochs - len(log)):.0f} s left")
     return model, log
 
 def measure(s, model, images, labels):
@@ -826,31 +827,31 @@ def measure(s, model, images, labels):
 TRAINING = ("dataset", "model", "width", "epochs", "batch_size", "lr", "bf16", "compile", "seed", "device")
 
 def run(method, s, data):
-    """Train one network and measure it, each unless that is done. Returns its record: the label of its row, the
-    title of its table, its figures, and all that decides them."""
+    """Train one network and measure it, each unless that is done. Returns its record: the label of its row, the title
+    of its table, its figures, and all that decides them."""
     label, step = make_step(method, s)
     content = b"".join(t.cpu().numpy().tobytes() for t in (data.x, data.y, data.x_test, data.y_test))
-    training = {"method": label, "processes": WORLD, "data": sha256(content)}
+    training = {"label": label, "processes": WORLD, "data": sha256(content)}  # what decides the weights
     for key in TRAINING:
         training[key] = getattr(s, key)
     count = s.images or (1000 if s.sharpness else len(data.x_test))
     images, labels = evenly_spaced(count, data.x_test, data.y_test)
     what = "rise of the loss" if s.sharpness else f"{', '.join(s.attacks)}, {s.eval_steps} steps, {s.restarts} starts"
-    table = (f"{data.source} ({training['data']}), {s.model} width {s.width or 'as usual'}, {s.epochs} epochs, "
+    title = (f"{data.source} ({training['data']}), {s.model} width {s.width or 'as usual'}, {s.epochs} epochs, "
              f"lr {s.lr:g}, batch {s.batch_size}; {len(images)} test images, {what}")
-    name = f"{data.source} {s.model} {label} seed {s.seed} {sha256(json.dumps(training).encode())}"
-    folder = Path(s.runs, name.replace("/", "_"))
+    name = f"{data.source} {s.model} {label} seed {s.seed} {sha256(json.dumps(training).encode())}".replace("/", "_")
+    folder = Path(s.runs, name)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{sha256(table.encode())}.json"
+    path = folder / f"{sha256(title.encode())}.json"
     if path.exists():
         print(f"{label}  reported from {path}")
         with as_bad_input(f"{path} is damaged: move it away"):
             return json.loads(path.read_bytes())
-    model, log = train_or_resume(s, data, step, training, folder / "checkpoint.pt")
+    model, log = train_or_resume(s, data, label, step, folder / "checkpoint.pt")
     machine = torch.cuda.get_device_name() if s.device == "cuda" else dict(torch.cpu.get_capabilities())
     record = {
-        "label": label, "table": table, **measure(s, model, images, labels), "images": len(images),
-        "training": training, "log": log, "code": CODE, "torch": torch.__version__,
+        "label": label, "table": title, **measure(s, model, images, labels), "images": len(images),
+        "settings": {**vars(s), **training, "method": method}, "log": log, "code": CODE, "torch": torch.__version__,
         "machine": machine, "threads": torch.get_num_threads(),
     }
     write_whole(path, json.dumps(record).encode())
@@ -872,10 +873,9 @@ def benchmark(s):
 
 def show(records):
     """Print the table that a program ends with, and the reasons to doubt it."""
-    names = records[0]["figures"]
-    print(f"\n{'method':38}" + "".join(f"  {name}" for name in names))
+    print(f"\n{'method':38}" + "".join(f"  {name}" for name in records[0]["figures"]))
     for r in records:
-        cells = [f"{r['figures'][name]:{len(name) + 2}.{1 if r['right'] else 3}f}" for name in names]
+        cells = [f"{value:{len(name) + 2}.{1 if r['right'] else 3}f}" for name, value in r["figures"].items()]
         print(f"{r['label']:38}" + "".join(cells))
     for r in records:
         for reason, points in r["stronger"].items():
@@ -900,7 +900,7 @@ def main(argv=None):
     try:
         perform(parse_args(argv))
         return 0
-    except (BadInput, FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (BadInput, ArithmeticError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message, code = str(error).partition("\n")[0] or "out of memory", 2
     except KeyboardInterrupt:
         message, code = "interrupted; the same command goes on", 130
