@@ -12,7 +12,6 @@ RESULTS.md says what came of that here. To train with SGD, SAM and AT, attack al
     python sam_at.py                     on synthetic data, in a minute
     python sam_at.py --method sam        one of them
     python sam_at.py --help              everything else
-
 Units: pixels are in [0,1], eps and delta in the same unit (8/255, not 8), rho in the unit of the weights.
 x: float images (N, C, H, W).  y: int64 labels (N,).  logits: (N, classes).
 """
@@ -78,8 +77,7 @@ def random_delta(x, eps, norm):
         return eps * (2 * torch.rand_like(x) - 1)
     return eps * torch.rand_like(l2_norm(x)) * steepest(torch.randn_like(x), "l2")
 
-def summed_cross_entropy(logits, y):
-    """A sum, not a mean: an image's gradient does not depend on how many others are in its batch."""
+def summed_cross_entropy(logits, y):  # a sum: an image's gradient does not depend on how many others are in its batch
     return F.cross_entropy(logits, y, reduction="sum")
 
 def input_gradient(model, x, y, loss):
@@ -160,30 +158,31 @@ def ascent(weights, grads, rho):
     scale = rho / nn.utils.get_total_norm(grads).clamp_min(1e-12)
     return [scale * g for g in grads]
 
+def refuse_update(*_):
+    raise RuntimeError("optimizer.step() inside perturbed() would update w + v: call it after the block")
+
 @contextmanager
 def perturbed(model, rho, ascend=ascent):
     """Run the block at w + v, where v = ascend(w, g, rho) and g is the .grad that lies on w; then restore w.
     model: a network or a list of its weights; those without .grad stay. Raises BadInput unless rho is finite and >= 0
-    and a weight has a gradient; RuntimeError if somebody else changes the weights in the block."""
+    and a weight has a gradient; RuntimeError if an optimizer steps in the block."""
     if not 0 <= rho < math.inf:
         raise BadInput(f"rho is {rho}: expected a finite number >= 0")
     weights = list(model.parameters() if isinstance(model, nn.Module) else model)
     moved = [w for w in weights if w.grad is not None]
     if not moved:
-        raise BadInput(f"none of {len(weights)} weights has a gradient, so SAM would be SGD: call backward() first, "
-                       "and give a network or a list, not one tensor nor an iterator that is used up")
+        raise BadInput(f"none of {len(weights)} weights has a gradient: backward() first, then a network or a list")
     before = [w.detach().clone() for w in moved]
     moves = ascend(before, [w.grad for w in moved], rho)
+    guard = register_optimizer_step_pre_hook(refuse_update)
     try:
         with torch.no_grad():
             for w, v in zip(moved, moves):
                 w.add_(v)  # in place, so that torch refuses a graph that was made at w
         torch.clear_autocast_cache()  # autocast may hold copies of w
         yield
-        for w, w_before, v in zip(moved, before, moves):
-            if not torch.allclose(w, w_before + v, 0, 0, equal_nan=True):
-                raise RuntimeError("weights were changed inside perturbed(): call optimizer.step() after it")
     finally:
+        guard.remove()
         with torch.no_grad():
             for w, w_before in zip(moved, before):
                 w.copy_(w_before)
@@ -240,9 +239,9 @@ class PreActBlock(nn.Module):
 
     def forward(self, x):
         h = F.relu(self.bn1(x))
-        if self.shortcut is not None:  # sliced, not strided: for fewer than 16 channels in, the weight gradient of a
-            # strided 1x1 convolution, channels_last on x86, can write out of bounds (oneDNN issue 6035)
-            x = self.shortcut(h[:, :, ::self.stride, ::self.stride])
+        if self.shortcut is not None:  # avg_pool2d of size 1 takes every stride-th pixel. A strided 1x1
+            # convolution of fewer than 16 channels, channels_last on x86, can corrupt memory in backward (oneDNN 6035)
+            x = self.shortcut(F.avg_pool2d(h, 1, self.stride))
         return x + self.conv2(F.relu(self.bn2(self.conv1(h))))
 
 def preact_resnet(classes, width=64, stages=(1, 2, 4, 8), blocks=2):
@@ -374,7 +373,6 @@ def right_images(model, images, labels, attack=None, restarts=1, batch_size=500)
 # == 8. Where the data comes from =========================================================================
 OUTSIDE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, SyntaxError, RuntimeError,
            zipfile.BadZipFile)
-
 @contextmanager
 def as_bad_input(what):
     """Inside the block, what goes wrong outside this program is BadInput: what, and the error's first line."""
@@ -387,7 +385,7 @@ def imported(name):
     """A module that may be missing. Then BadInput says how to get it."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside a torch of another version
         raise BadInput(f"pip install {name.split('.')[0]} ({error})") from None
 
 def demo_data(n_train=4000, n_test=1000, classes=10):
@@ -450,7 +448,6 @@ def load_folder(directory):
     return Data(*tensors, len(train.classes), place.name)
 
 def load_data(name, directory):
-    """One of --dataset's choices."""
     if name == "demo":
         return demo_data()
     return load_cifar(name, directory) if name.startswith("cifar") else load_folder(directory)
@@ -477,7 +474,7 @@ def autoattack(model, x, y, eps, norm):
     """AutoAttack, its authors' own (Croce and Hein 2020)."""
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # it wants .view()
     attack = imported("pyautoattack").AutoAttack(plain, norm=norm.capitalize(), eps=eps, seed=0, device=x.device)
-    with as_bad_input("autoattack wants ten classes or more"):
+    with torch.random.fork_rng(), as_bad_input("autoattack wants ten classes or more"):
         x_adv, _ = attack.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
     print(f"  autoattack {norm}: {len(x)} images done")
     return x_adv
@@ -496,8 +493,7 @@ def parse_attack(text, steps=10):
         case ["fgsm", eps]:
             norm, attack = "linf", fgsm
         case _:
-            raise BadInput(f"attack {text!r}: expected 'linf 8/255', 'l2 0.5', 'margin linf 8/255', "
-                           "'fgsm 8/255', 'autoattack linf 8/255' or the like")
+            raise BadInput(f"attack {text!r}: known are 'linf 8/255', 'margin l2 0.5', 'fgsm 8/255', 'autoattack l2 1'")
     check_radius(radius(eps), norm)
     return partial(attack, eps=radius(eps))
 
@@ -518,13 +514,11 @@ def percent(flags):
 
 def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch_size=500):
     """Accuracy in percent: {"clean": .., name of an attack: .., ...}.  attacks: names, or {name: function}.
-
     images: uint8, or float pixels in [0,1], (N, 3, H, W), on the model's device; labels: (N,).
     An image is robust if it is right and stays so at every step of PGD from each of `restarts` starts.
     Raises BadInput for what makes no sense, FloatingPointError for logits that are not finite."""
     if len(images) != len(labels) or restarts < 1 or "clean" in attacks:
-        raise BadInput(f"{len(images)} images, {len(labels)} labels, {restarts} restarts, attacks {[*attacks]}: "
-                       "expected one label an image, a start or more, no attack named clean")
+        raise BadInput(f"{len(images)} images, {len(labels)} labels, {restarts} restarts, attacks {[*attacks]}")
     if not isinstance(attacks, dict):
         attacks = {name: parse_attack(name, steps) for name in attacks}
     figures = {"clean": percent(right_images(model, images, labels, batch_size=batch_size))}
@@ -632,7 +626,6 @@ def make_model(name, classes, mean_std=CIFAR10, width=None):
 #    AT moves each of the n features by eps < eta against y; x_1 is out of its reach. For SAM expand
 #    A(w + rho) = A(w - rho) at w_0 = w_standard: A'' (w - w_0) + A''' rho^2/6 = 0, A'''/A'' = -2 w_0/n.
 #    The tests solve all three by search, and train the weight with the steps of section 3.
-
 # == 12. The duality, measured: does flat around the weights go with flat around the inputs? ==============
 def sharpness(model, x, y):
     """How far the mean loss rises at SAM's ascent of length rho, and under PGD-10, in eval mode:

@@ -1405,7 +1405,7 @@ def test_rises_have_their_rank_correlation_with_and_without_at():
     records = []
     for i, (method, around_w, around_x) in enumerate([("sgd", 1, 4), ("sam", 2, 5), ("sam", 3, 6), ("at", 9, 1)]):
         figures = {"rho 0.1": around_w, "linf 1/255": around_x, "l2 0.1": 0}
-        record = three(method, 0, 0, sharpness=True, rho=i)[0]
-        records.append({**record, "table": "rises", "figures": figures, "right": {}})
+        record, label = three(method, 0, 0, sharpness=True)[0], f"{method} {i}" if i else "sgd"
+        records.append({**record, "label": label, "table": "rises", "figures": figures, "right": {}})
     assert "-0.20, without AT +1.00" in report_of(*SGD, *AT5, *records)
     assert report.ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1, 3.5, 2]
