@@ -2,10 +2,10 @@
 """From the records of runs: DIR/RESULTS.md, DIR/results/records.jsonl and pictures.  python results/report.py DIR
 
 Reads DIR/results/records.jsonl and DIR/runs/*/*.json. A table is {label: {seed: record}}, all measured on the same
-images. Its networks are compared image by image: let d_i be the mean over seeds, and attacks, of right_a - right_b. The
-gain of a on b is the mean of d_i; its error is the root of (variance over images / images + variance over seeds / seeds).
-'Clearly' means: by over two errors. These rules, and CLAIMS, were written before the runs. A claim needs three seeds of
-each row that it compares; until then it is open.
+images. Its networks are compared image by image: let d_i be the mean over seeds, and attacks, of right_a - right_b.
+The gain of a on b is the mean of d_i; its error is the root of (variance over images / images + variance over seeds /
+seeds). 'Clearly' means: by over two errors. These rules, and CLAIMS, were written before the runs. A claim needs three
+seeds of each row that it compares; until then it is open.
 """
 import base64
 import json
@@ -51,6 +51,8 @@ def mix(a, b, t):
 def gain(a, b):
     """Points by which column a is ahead of b, and the error of that, over the seeds that both have."""
     differences = [[p - q for p, q in zip(a[seed], b[seed])] for seed in a.keys() & b.keys()]
+    if not differences:
+        return 0.0, math.inf
     images = [fmean(image) for image in zip(*differences)]
     seeds = [fmean(seed) for seed in differences]
     of_seeds = variance(seeds) / len(seeds) if len(seeds) > 1 else 0
@@ -79,10 +81,6 @@ def height(a, curve):
         if high >= clean >= low and high > low:
             left, right, t = p, q, (high - clean) / (high - low)
     return gain(a["mean"], mix(left["mean"], right["mean"], t))
-
-def weight(rows):
-    """How many test images a table is made of."""
-    return sum(record["images"] for row in rows.values() for record in row.values())
 
 def setting(row, name):
     return next(iter(row.values()))["settings"][name]
@@ -182,7 +180,7 @@ def main(place):
         rows.setdefault(record["label"], {})[record["settings"]["seed"]] = record
     text = ["# Results", "", "Written by `results/report.py`, which states the rules; ± is one standard error.", ""]
     text += [f"- {claim}. {meaning}." for claim, meaning in CLAIMS.items()]
-    titles = sorted(tables, key=lambda title: -weight(tables[title]))  # the main one first
+    titles = sorted(tables, key=lambda title: -len(tables[title]))  # the main one has most rows
     compared = [title for title in titles if "sgd" in tables[title] and not setting(tables[title]["sgd"], "sharpness")]
     for title in titles:
         rows = tables[title]
@@ -197,7 +195,8 @@ def main(place):
     part.replace(stored)
     Path(place, "RESULTS.md").write_text("\n".join([*text, ""]), "utf-8")
     try:
-        picture(tables[compared[0]], place / "results" / "tradeoff.png")
+        for title in compared[:1]:
+            picture(tables[title], place / "results" / "tradeoff.png")
     except ImportError:
         print("report.py: for the picture, pip install matplotlib")
 
