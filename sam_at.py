@@ -1,5 +1,4 @@
 """Sharpness-aware minimization (SAM) and adversarial training (AT), side by side in one file.
-
 Is a network whose loss is flat around its *weights* also flat around its *inputs*, and so harder to attack?
   [1] Sharpness-Aware Minimization Alone can Improve Adversarial Robustness, arXiv 2305.05392
   [2] On the Duality Between Sharpness-Aware Minimization and Adversarial Training, arXiv 2402.15152
@@ -240,7 +239,7 @@ class PreActBlock(nn.Module):
     def forward(self, x):
         h = F.relu(self.bn1(x))
         if self.shortcut is not None:  # avg_pool2d of size 1 takes every stride-th pixel. A strided 1x1
-            # convolution of fewer than 16 channels, channels_last on x86, can corrupt memory in backward (oneDNN 6035)
+            # convolution of fewer than 16 channels, channels_last on x86, can corrupt memory (oneDNN issue 6035)
             x = self.shortcut(F.avg_pool2d(h, 1, self.stride))
         return x + self.conv2(F.relu(self.bn2(self.conv1(h))))
 
@@ -369,7 +368,6 @@ def right_images(model, images, labels, attack=None, restarts=1, batch_size=500)
     return torch.cat(parts)
 
 # A first reading ends here.
-
 # == 8. Where the data comes from =========================================================================
 OUTSIDE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, SyntaxError, RuntimeError,
            zipfile.BadZipFile)
@@ -493,7 +491,7 @@ def parse_attack(text, steps=10):
         case ["fgsm", eps]:
             norm, attack = "linf", fgsm
         case _:
-            raise BadInput(f"attack {text!r}: known are 'linf 8/255', 'margin l2 0.5', 'fgsm 8/255', 'autoattack l2 1'")
+            raise BadInput(f"attack {text!r}: 'linf 8/255', 'margin l2 0.5', 'fgsm 8/255', 'autoattack l2 1'")
     check_radius(radius(eps), norm)
     return partial(attack, eps=radius(eps))
 
@@ -514,9 +512,8 @@ def percent(flags):
 
 def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch_size=500):
     """Accuracy in percent: {"clean": .., name of an attack: .., ...}.  attacks: names, or {name: function}.
-    images: uint8, or float pixels in [0,1], (N, 3, H, W), on the model's device; labels: (N,).
-    An image is robust if it is right and stays so at every step of PGD from each of `restarts` starts.
-    Raises BadInput for what makes no sense, FloatingPointError for logits that are not finite."""
+    images: uint8, or float pixels in [0,1], (N, 3, H, W), on the model's device; labels: (N,). An image is robust if
+    it is right and stays so at every step of PGD from each of its starts. Raises BadInput, or FloatingPointError."""
     if len(images) != len(labels) or restarts < 1 or "clean" in attacks:
         raise BadInput(f"{len(images)} images, {len(labels)} labels, {restarts} restarts, attacks {[*attacks]}")
     if not isinstance(attacks, dict):
@@ -573,8 +570,8 @@ def layerwise_ascent(weights, grads, gamma):
     return moves
 
 def esam_step(model, x, y, optimizer, rho, beta=0.5, gamma=0.5):
-    """ESAM (Du et al. 2022, algorithm 1). Each weight tensor climbs with probability beta, one at least, by
-    rho/beta in all; then the share gamma of images counts whose loss rose most. At beta = gamma = 1 SAM."""
+    """ESAM (Du et al. 2022, algorithm 1). Each weight tensor climbs with probability beta, one at least, by rho/beta in
+    all; then the share gamma of images counts whose loss rose most. At beta = gamma = 1 SAM."""
     loss, logits = gradient(model, x, y)
     weights = [w for w in trained_weights(optimizer) if w.grad is not None]
     draws = torch.rand(len(weights))
@@ -691,10 +688,8 @@ SETTINGS = {  # name: (default, meaning)
     "sharpness": (False, "no attacks: how far the loss rises around weights and inputs"),
     "benchmark": (False, "just time the methods' steps"),
 }
-CHOICES = {
-    "method": ["sgd", "sam", "asam", "esam", "at", "sam+at", "awp"], "norm": LIMITS, "model": MODELS,
-    "dataset": ["demo", "cifar10", "cifar100", "tiny-imagenet", "folder"], "device": ["cpu", "cuda"],
-}
+CHOICES = {"method": ["sgd", "sam", "asam", "esam", "at", "sam+at", "awp"], "norm": LIMITS, "model": MODELS,
+           "dataset": ["demo", "cifar10", "cifar100", "tiny-imagenet", "folder"], "device": ["cpu", "cuda"]}
 
 def parse_args(argv=None):
     """The settings. Input that makes no sense ends the program with code 2, or raises BadInput."""
@@ -731,8 +726,8 @@ def parse_args(argv=None):
     return s
 
 # == 14. More than one device: torchrun starts a process for each =========================================
-#    Processes with the same weights and random numbers take their shares of the same batches. The gradients
-#    are averaged before the update; SAM's v is each share's own (m-sharpness, Foret et al. 2021, section 4).
+#    With the same weights and random numbers, they share the same batches. Gradients are averaged before the
+#    update; SAM's v is each share's own (m-sharpness, Foret et al. 2021, section 4).
 def average_gradients(optimizer, *_):
     for w in trained_weights(optimizer):
         if w.grad is not None:
@@ -844,8 +839,8 @@ def run(method, s, data):
     machine = torch.cuda.get_device_name() if s.device == "cuda" else dict(torch.cpu.get_capabilities())
     record = {
         "label": label, "table": title, **measure(s, model, images, labels), "images": len(images),
-        "settings": {**vars(s), **training, "method": method}, "log": log, "code": CODE, "torch": torch.__version__,
-        "machine": machine, "threads": torch.get_num_threads(),
+        "settings": {**vars(s), **training, "method": method}, "log": log, "code": CODE,
+        "torch": torch.__version__, "machine": machine, "threads": torch.get_num_threads(),
     }
     write_whole(path, json.dumps(record).encode())
     return record
