@@ -570,8 +570,8 @@ def layerwise_ascent(weights, grads, gamma):
     return moves
 
 def esam_step(model, x, y, optimizer, rho, beta=0.5, gamma=0.5):
-    """ESAM (Du et al. 2022, algorithm 1). Each weight tensor climbs with probability beta, one at least, by rho/beta in
-    all; then the share gamma of images counts whose loss rose most. At beta = gamma = 1 SAM."""
+    """ESAM (Du et al. 2022, algorithm 1). Each weight tensor climbs with probability beta, one at least, by rho/beta
+    in all; then the share gamma of images counts whose loss rose most. At beta = gamma = 1 SAM."""
     loss, logits = gradient(model, x, y)
     weights = [w for w in trained_weights(optimizer) if w.grad is not None]
     draws = torch.rand(len(weights))

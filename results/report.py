@@ -82,6 +82,10 @@ def height(a, curve):
             left, right, t = p, q, (high - clean) / (high - low)
     return gain(a["mean"], mix(left["mean"], right["mean"], t))
 
+def weight(rows):
+    """How many test images a table is made of."""
+    return sum(record["images"] for row in rows.values() for record in row.values())
+
 def setting(row, name):
     return next(iter(row.values()))["settings"][name]
 
@@ -180,7 +184,7 @@ def main(place):
         rows.setdefault(record["label"], {})[record["settings"]["seed"]] = record
     text = ["# Results", "", "Written by `results/report.py`, which states the rules; ± is one standard error.", ""]
     text += [f"- {claim}. {meaning}." for claim, meaning in CLAIMS.items()]
-    titles = sorted(tables, key=lambda title: -len(tables[title]))  # the main one has most rows
+    titles = sorted(tables, key=lambda title: -weight(tables[title]))  # the main one first
     compared = [title for title in titles if "sgd" in tables[title] and not setting(tables[title]["sgd"], "sharpness")]
     for title in titles:
         rows = tables[title]
