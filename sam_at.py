@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # waiting threads soon sleep, or two programs stall each other
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # waiting threads soon sleep, or two programs stall each other
 
 import numpy
 import torch
