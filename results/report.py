@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""From the records of runs: DIR/RESULTS.md, DIR/results/records.jsonl and pictures.  python results/report.py DIR
+"""From the records of runs: DIR/RESULTS.md, DIR/results/records.jsonl and pictures.  python results/report.py [DIR]
 
-Reads DIR/results/records.jsonl and DIR/runs/*/*.json. A table is {label: {seed: record}}, all measured on the same
-images. Its networks are compared image by image: let d_i be the mean over seeds, and attacks, of right_a - right_b.
-The gain of a on b is the mean of d_i; its error is the root of (variance over images / images + variance over seeds /
+Reads DIR/results/records.jsonl and DIR/runs/*/*.json. A table has a row for each label. All are measured on the same
+images and compared image by image: let d_i be the mean over seeds, and attacks, of right_a - right_b. The gain of a on b is the mean of d_i; its error is the root of (variance over images / images + variance over seeds /
 seeds). 'Clearly' means: by over two errors. These rules, and CLAIMS, were written before the runs. A claim needs three
-seeds of each row that it compares; until then it is open.
+seeds of each row that it compares; until then it is open. A data set's main table is the one of most images.
 """
 import base64
 import json
 import math
 import sys
+from itertools import groupby
 from pathlib import Path
-from statistics import correlation, fmean, variance
+from types import SimpleNamespace
+
+import numpy
 
 CLAIMS = {
     "C1": "SAM alone is more robust, for free: a rho is clearly ahead of SGD under every attack and costs at most 0.5 "
@@ -25,184 +27,194 @@ CLAIMS = {
     "C6": "SAM is a light substitute for AT: the same against AT of one step (2 gradients a step, as SAM)",
 }
 
-def unpacked(text, n):
-    """The n bits that a record holds in base64."""
-    content = base64.b64decode(text)
-    bits = f"{int.from_bytes(content, 'big'):0{8 * len(content)}b}"
-    return [int(bit) for bit in bits[:n]]
+COLOURS = {"sgd": "black", "sam": "tab:blue", "at": "tab:red"}
+HEAD = """# Results
 
-def per_image(row):
-    """{"clean", an attack, or "mean" of all attacks: {seed: [right, of each image]}} of a row, {seed: record}."""
-    columns = {}
-    for seed, record in row.items():
-        attacked = []
-        for name, text in record["right"].items():
-            bits = unpacked(text, record["images"])
-            columns.setdefault(name, {})[seed] = bits
-            if name != "clean":
-                attacked.append(bits)
-        columns.setdefault("mean", {})[seed] = [fmean(image) for image in zip(*attacked)]
+Written by `results/report.py`, which states the rules. Gains are on SGD, in points; ± is one standard error. The demo is
+synthetic and made to show the effect: an illustration.
+"""
+
+def family(row):
+    """Rows of a family differ in their radius alone."""
+    if row.method in ("at", "sam+at", "awp"):
+        return row.method, row.norm, row.attack_steps
+    return (row.method,)
+
+def strength(row):
+    """SGD first, then each family by its radius."""
+    return row.method != "sgd", family(row), row.eps, row.rho
+
+def columns_of(record):
+    """{name: 100 or 0 for each image}, with the mean of all attacks; of rises of the loss, {name: one number}."""
+    columns = {name: numpy.array([value]) for name, value in record["figures"].items()}
+    for name, text in record["right"].items():
+        packed = numpy.frombuffer(base64.b64decode(text), numpy.uint8)
+        columns[name] = 100.0 * numpy.unpackbits(packed, count=record["images"])
+    if "clean" in columns:
+        columns["mean"] = numpy.mean([columns[name] for name in columns if name != "clean"], axis=0)
     return columns
 
-def mix(a, b, t):
-    """A column of networks that are b's with probability t, else a's."""
-    return {seed: [(1 - t) * p + t * q for p, q in zip(a[seed], b[seed])] for seed in a.keys() & b.keys()}
+def table_of(records):
+    """The rows of a title: settings, seeds and columns, {name: (seeds, images)}, NaN where a seed was not run."""
+    seeds = sorted({record["settings"]["seed"] for record in records})
+    rows = {}
+    for record in records:
+        row = SimpleNamespace(**record["settings"], seeds=set(), columns={})
+        seed = row.seed
+        row = rows.setdefault(row.label, row)
+        row.seeds.add(seed)
+        for name, column in columns_of(record).items():
+            missing = numpy.full((len(seeds), len(column)), numpy.nan)
+            row.columns.setdefault(name, missing)[seeds.index(seed)] = column
+    return sorted(rows.values(), key=strength)
+
+def figure(row, name):
+    return numpy.nanmean(row.columns[name])
 
 def gain(a, b):
     """Points by which column a is ahead of b, and the error of that, over the seeds that both have."""
-    differences = [[p - q for p, q in zip(a[seed], b[seed])] for seed in a.keys() & b.keys()]
-    if not differences:
-        return 0.0, math.inf
-    images = [fmean(image) for image in zip(*differences)]
-    seeds = [fmean(seed) for seed in differences]
-    of_seeds = variance(seeds) / len(seeds) if len(seeds) > 1 else 0
-    return 100 * fmean(images), 100 * math.sqrt(variance(images) / len(images) + of_seeds)
+    d = a - b
+    d = d[~numpy.isnan(d[:, 0])]
+    square = d.mean(0).var(ddof=1) / d.shape[1]
+    if len(d) > 1:
+        square += d.mean(1).var(ddof=1) / len(d)
+    return d.mean(), math.sqrt(square)
 
-def accuracy(column):
-    return 100 * fmean(fmean(seed) for seed in column.values())
-
-def ahead(a, b):
-    """Whether a is clearly ahead of b under every attack."""
-    gains = [gain(a[name], b[name]) for name in a.keys() - {"clean", "mean"}]
+def ahead(a, b, *names):
+    """Whether a row is clearly ahead of another in all those columns."""
+    gains = [gain(a.columns[name], b.columns[name]) for name in names]
     return all(points > 2 * error for points, error in gains)
 
-def free(a, sgd):
-    """Whether a is what C1 asks for."""
-    points, error = gain(a["clean"], sgd["clean"])
-    return ahead(a, sgd) and 2 * error - points <= 0.5
+def free(row, sgd):
+    """Whether it is what C1 asks for."""
+    points, error = gain(row.columns["clean"], sgd.columns["clean"])
+    return ahead(row, sgd, *row.attacks) and 2 * error - points <= 0.5
 
-def height(a, curve):
-    """How far a lies above a curve of rows at its own clean accuracy; beyond the curve's ends, above the nearest row."""
-    clean = accuracy(a["clean"])
-    left = right = min(curve, key=lambda row: abs(accuracy(row["clean"]) - clean))
-    t = 0.0
+def height(row, curve):
+    """How far it lies above a curve of rows at its own clean accuracy; beyond the curve's ends, above the nearest row.
+    Between two rows the curve is of networks that are the second with probability t, else the first."""
+    clean = figure(row, "clean")
+    there = min(curve, key=lambda other: abs(figure(other, "clean") - clean)).columns["mean"]
     for p, q in zip(curve, curve[1:]):
-        high, low = accuracy(p["clean"]), accuracy(q["clean"])
+        high, low = figure(p, "clean"), figure(q, "clean")
         if high >= clean >= low and high > low:
-            left, right, t = p, q, (high - clean) / (high - low)
-    return gain(a["mean"], mix(left["mean"], right["mean"], t))
+            t = (high - clean) / (high - low)
+            there = (1 - t) * p.columns["mean"] + t * q.columns["mean"]
+    return gain(row.columns["mean"], there)
 
-def weight(rows):
-    """How many test images a table is made of."""
-    return sum(record["images"] for row in rows.values() for record in row.values())
+def best(rows):
+    return max(rows, key=lambda row: figure(row, "mean"))
 
-def setting(row, name):
-    return next(iter(row.values()))["settings"][name]
-
-def verdicts(rows):
-    """{claim: verdict} for a table with a row "sgd"; of the claims that its rows say something on."""
-    table = {label: per_image(row) for label, row in rows.items()}
-    sgd = table["sgd"]
-
-    def of(*methods):
-        return [label for label in rows if setting(rows[label], "method") in methods]
-
-    def best(labels):
-        return max(labels, key=lambda label: accuracy(table[label]["mean"]))
-
-    def judge(holds, labels):
-        word = holds if isinstance(holds, str) else "yes" if holds else "no"
-        if min(len(rows[label]) for label in ["sgd", *labels]) < 3:
-            word = f"open, so far {word}"
-        return f"**{word}** ({', '.join(labels)})"
-
+def verdicts(sgd, *rows):
+    """{claim: verdict}, of those claims that the rows say something on."""
+    sams = [row for row in rows if row.method == "sam"]
+    ats = [row for row in rows if row.method == "at"]
+    variants = [row for row in rows if row.method in ("asam", "esam")]
     found = {}
-    sams, ats, variants = of("sam"), of("at"), of("asam", "esam")
-    held = [label for label in sams if free(table[label], sgd)]
-    if sams:
-        found["C1"] = judge(len(held) > 0, held or sams)
-    if variants:
-        found["C5"] = "; ".join(judge(free(table[label], sgd), [label]) for label in variants)
+
+    def judge(verdict, *rows):
+        """The verdict, and the rows that it rests on, beside SGD's."""
+        word = {True: "yes", False: "no"}.get(verdict, verdict)
+        if min(len(row.seeds) for row in (sgd, *rows)) < 3:
+            word = f"open, so far {word}"
+        return f"**{word}** ({', '.join(row.label for row in rows)})"
+
+    for claim, tried in ("C1", sams), ("C5", variants):
+        if tried:
+            found[claim] = "; ".join(judge(free(row, sgd), row) for row in tried)
     if sams and ats:
-        sam, at = best(held or sams), best(ats)
-        cost, error = gain(sgd["clean"], table[at]["clean"])
-        most = all(ahead(table[at], table[label]) for label in sams)
-        found["C2"] = judge(most and cost > 2 * error, [at, *sams])
-        more, error = gain(table[at]["mean"], table[sam]["mean"])
-        cheaper, clean_error = gain(table[sam]["clean"], table[at]["clean"])
-        found["C3a"] = judge(sam in held and more > 2 * error and cheaper > 2 * clean_error, [sam, at])
-        ats.sort(key=lambda label: setting(rows[label], "eps"))
+        sam, at = best([row for row in sams if free(row, sgd)] or sams), best(ats)
+        most = all(ahead(at, row, *at.attacks) for row in sams)
+        found["C2"] = judge(most and ahead(sgd, at, "clean"), at, *sams)
+        less = ahead(at, sam, "mean") and ahead(sam, at, "clean")
+        found["C3a"] = judge(less and free(sam, sgd), sam, at)
         for claim, steps in ("C3b", 5), ("C6", 1):
-            curve = ["sgd"] + [label for label in ats if setting(rows[label], "attack_steps") == steps]
-            if len(curve) > 1:
-                points, error = height(table[sam], [table[label] for label in curve])
-                word = "on" if abs(points) <= 2 * error else "above" if points > 0 else "below"
-                found[claim] = judge(f"{word}, by {points:+.1f} ± {error:.1f}", [sam, *curve[1:]])
+            curve = [row for row in ats if family(row) == ("at", "linf", steps)]
+            if curve:
+                points, error = height(sam, [sgd, *curve])
+                word = "above" if points > 2 * error else "below" if points < -2 * error else "on"
+                found[claim] = judge(f"{word}, by {points:+.1f} ± {error:.1f}", sam, *curve)
     return found
 
-def table_of(rows):
-    """Its lines. Figures are means over seeds; gains are on SGD."""
+def markdown(head, lines):
+    """A table, of lists of cells."""
+    lines = [head, ["---"] * len(head), *lines]
+    return [f"| {' | '.join(cells)} |" for cells in lines] + [""]
+
+def lines_of(table):
+    """Figures are means over seeds; gains are on the first row, SGD."""
+    names = [*table[0].columns]
+    compared = ["clean", "mean"] if "mean" in names else []
     lines = []
-    for label, row in rows.items():
-        names = list(next(iter(row.values()))["figures"])
-        cells = [label, str(len(row))]
+    for row in table:
+        cells = [row.label, str(len(row.seeds))]
         for name in names:
-            cells.append(f"{fmean(record['figures'][name] for record in row.values()):.4g}")
-        if "clean" in names:
-            a, sgd = per_image(row), per_image(rows.get("sgd", row))
-            for name in "clean", "mean":
-                points, error = gain(a[name], sgd[name])
-                cells.append(f"{points:+.1f} ± {error:.1f}")
-                names.append(f"{name} gain")
-        lines.append(f"| {' | '.join(cells)} |")
-    return [f"| | seeds | {' | '.join(names)} |", "|---|" + "---:|" * (len(names) + 1), *lines]
+            cells.append(f"{figure(row, name):.4g}")
+        for name in compared:
+            points, error = gain(row.columns[name], table[0].columns[name])
+            cells.append(f"{points:+.1f} ± {error:.1f}")
+        lines.append(cells)
+    return markdown(["", "seeds", *names, *(f"{name} gain" for name in compared)], lines)
 
-def ranks(values):
-    """1 for the smallest; equal values share the mean of their ranks."""
-    return [sum(w < v for w in values) + (sum(w == v for w in values) + 1) / 2 for v in values]
+def correlation(rows):
+    """The rank correlation of the rises of the loss around the weights and around the inputs."""
+    ranks = []
+    for name in "rho 0.1", "linf 1/255":
+        ranks.append(numpy.argsort(numpy.argsort([figure(row, name) for row in rows])))
+    return numpy.corrcoef(ranks)[0, 1]
 
-def rise(row, kind):
-    """The mean rise of the loss of one kind: around the weights ("rho") or around the inputs ("l")."""
-    return fmean(value for record in row.values() for name, value in record["figures"].items() if name.startswith(kind))
-
-def link(rows):
-    """The rank correlation of the rises around the weights and around the inputs."""
-    sides = [ranks([rise(row, kind) for row in rows]) for kind in ("rho", "l")]
-    return f"{correlation(*sides):+.2f}" if len(rows) > 2 else "open"
-
-def picture(rows, path):
-    """Clean over robust accuracy of a table's rows; those of a method are joined."""
+def picture(path, table):
+    """Clean over robust accuracy: a point for each row. Those of a family are joined."""
     from matplotlib.figure import Figure
-    axes = Figure().subplots()
-    for method in "sgd", "sam", "at":
-        points = [per_image(row) for row in rows.values() if setting(row, "method") == method]
-        x, y = ([accuracy(point[name]) for point in points] for name in ("mean", "clean"))
-        axes.plot(x, y, "o-", label=method)
-    axes.set(xlabel="mean accuracy under attack", ylabel="clean accuracy")
-    axes.legend()
+    axes = Figure(layout="tight").subplots()
+    axes.set(xlabel="accuracy under attack, mean", ylabel="clean accuracy")
+    for (method, *_), rows in groupby(table, family):
+        points = []
+        for row in rows:
+            points.append((figure(row, "mean"), figure(row, "clean")))
+            axes.annotate(row.label, points[-1])
+        axes.plot(*zip(*points), "o-", color=COLOURS.get(method))
     axes.figure.savefig(path)
 
 def main(place):
     stored = place / "results" / "records.jsonl"
-    lines = stored.read_text("utf-8").splitlines() if stored.exists() else []
-    lines += [path.read_text("utf-8") for path in sorted(place.glob("runs/*/*.json"))]
-    records = [json.loads(line) for line in dict.fromkeys(lines)]  # each once
-    records.sort(key=lambda record: (record["label"] != "sgd", record["label"]))
-    tables = {}
-    for record in records:
-        rows = tables.setdefault(record["table"], {})
-        rows.setdefault(record["label"], {})[record["settings"]["seed"]] = record
-    text = ["# Results", "", "Written by `results/report.py`, which states the rules; ± is one standard error.", ""]
-    text += [f"- {claim}. {meaning}." for claim, meaning in CLAIMS.items()]
-    titles = sorted(tables, key=lambda title: -weight(tables[title]))  # the main one first
-    compared = [title for title in titles if "sgd" in tables[title] and not setting(tables[title]["sgd"], "sharpness")]
-    for title in titles:
-        rows = tables[title]
-        text += ["", f"## {title}", "", *table_of(rows), ""]
-        if title in compared:
-            text += [f"- {claim}: {verdict}" for claim, verdict in verdicts(rows).items()]
-        elif "sgd" in rows:
-            plain = [row for row in rows.values() if setting(row, "method") in ("sgd", "sam", "asam", "esam")]
-            text.append(f"Rank correlation of the rises: {link(list(rows.values()))}, without AT {link(plain)}.")
+    stored.touch()
+    lines = stored.read_text().splitlines()
+    lines += [path.read_text() for path in sorted(place.glob("runs/*/*.json"))]
+    lines = [*dict.fromkeys(lines)]  # each once
     part = stored.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    part.write_text("\n".join(lines + [""]))
     part.replace(stored)
-    Path(place, "RESULTS.md").write_text("\n".join([*text, ""]), "utf-8")
+    titles = {}
+    for line in lines:
+        record = json.loads(line)
+        titles.setdefault(record["table"], []).append(record)
+    mains, body = {}, []
+    for title, records in sorted(titles.items(), key=lambda item: -len(item[1]) * item[1][0]["images"]):
+        table, source = table_of(records), title.split()[0]
+        what, link = "Check", []
+        if not records[0]["right"]:
+            what = "Flatness"
+            plain = [row for row in table if len(family(row)) == 1]
+            if len(plain) > 2:
+                link = [f"Rank correlation of rho 0.1 and linf 1/255: {correlation(table):+.2f}; "
+                        f"without AT {correlation(plain):+.2f}.", ""]
+        elif table[0].method == "sgd" and source not in mains:
+            what, mains[source] = "Main result", table
+        body += [f"## {what}: {source}", "", title, "", *lines_of(table), *link]
+    found = [verdicts(*table) for table in mains.values()]
+    claims = []
+    for claim, meaning in CLAIMS.items():
+        claims.append([f"{claim}. {meaning}"] + [verdict.get(claim, "open") for verdict in found])
+    shown = []
     try:
-        for title in compared[:1]:
-            picture(tables[title], place / "results" / "tradeoff.png")
+        for source, table in mains.items():
+            picture(place / f"results/{source}.png", table)
+            shown += [f"![{source}](results/{source}.png)", ""]
     except ImportError:
-        print("report.py: for the picture, pip install matplotlib")
+        print("report.py: for the pictures, pip install matplotlib")
+    text = [HEAD, *markdown(["", *mains], claims), *shown, *body]
+    Path(place, "RESULTS.md").write_text("\n".join(text), "utf-8")
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(*sys.argv[1:]))
