@@ -2,9 +2,10 @@
 """From the records of runs: DIR/RESULTS.md, DIR/results/records.jsonl and pictures.  python results/report.py [DIR]
 
 Reads DIR/results/records.jsonl and DIR/runs/*/*.json. A table has a row for each label. All are measured on the same
-images and compared image by image: let d_i be the mean over seeds, and attacks, of right_a - right_b. The gain of a on b is the mean of d_i; its error is the root of (variance over images / images + variance over seeds /
-seeds). 'Clearly' means: by over two errors. These rules, and CLAIMS, were written before the runs. A claim needs three
-seeds of each row that it compares; until then it is open. A data set's main table is the one of most images.
+images and compared image by image: let d_i be the mean over seeds, and attacks, of right_a - right_b. The gain of a
+on b is the mean of d_i; its error is the root of (variance over images / images + variance over seeds / seeds).
+'Clearly' means: by over two errors. These rules, and CLAIMS, were written before the runs. A claim needs three seeds of
+each row that it compares; until then it is open. A data set's main table is the one of most images.
 """
 import base64
 import json
@@ -148,8 +149,7 @@ def lines_of(table):
     lines = []
     for row in table:
         cells = [row.label, str(len(row.seeds))]
-        for name in names:
-            cells.append(f"{figure(row, name):.4g}")
+        cells += [f"{figure(row, name):.4g}" for name in names]
         for name in compared:
             points, error = gain(row.columns[name], table[0].columns[name])
             cells.append(f"{points:+.1f} ± {error:.1f}")
