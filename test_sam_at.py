@@ -1136,12 +1136,13 @@ def test_a_finished_run_is_reported_and_another_measurement_is_another_record(qu
     with monkeypatch.context() as patch:
         patch.setattr(sam_at, "write_whole", None)  # nothing can be written
         assert table() == first
-    others = ["--attacks=l2 0.5", "--eval-steps=2", "--restarts=2", "--images=7", "--sharpness"]
+    table("--sharpness", "--images=9")
+    others = ["--attacks=l2 0.5", "--eval-steps=2", "--restarts=2", "--images=7"]
     for other in others + others:
         table(other)
     records = [json.loads(path.read_text()) for path in Path("runs").glob("*/*.json")]
     assert len({record["table"] for record in records}) == 6
-    assert sorted(record["images"] for record in records) == [7, 40, 40, 40, 40, 40]
+    assert sorted(record["images"] for record in records) == [7, 9, 40, 40, 40, 40]
 
 def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
     out = cli(*QUICK, "--method", "sam", "--seed", 3, "--epochs", 3)[1]
