@@ -360,7 +360,7 @@ def test_autocasts_copies_of_the_weights_do_not_hide_the_move():
 
 # == 3. The three training steps =======================================================================
 SAM = partial(sam_step, rho=0.5)
-AT = partial(at_step, eps=0.05, steps=3)
+AT = partial(at_step, eps=0.05)
 
 @given(seeds, st.sampled_from([0, -1]))
 def test_sam_is_its_formula(seed, first):
@@ -400,8 +400,8 @@ def test_at_steps_on_attacked_images(norm, steps, step_size, step):
     (sgd_step, 1, 0),
     (SAM, 2, 0),
     (partial(esam_step, rho=0.5), 3, 0),
-    (AT, 4, 3),
-    (partial(AT, step=SAM), 5, 3),
+    (AT, 6, 5),
+    (partial(AT, step=SAM), 7, 5),
 ])
 def test_a_step_takes_its_passes_and_returns_the_loss_and_logits_of_its_first_gradient(step, passes, first):
     model, seen = tiny_net(), []
@@ -558,9 +558,12 @@ def test_a_row_of_training_holds_averages_over_images():
         assert model.training and optimizer.param_groups[0]["lr"] == 0.1
         optimizer.step()
         return torch.tensor(float(len(y))), F.one_hot(0 * y, 3)
-    model = tiny_net().eval()
+    model = tiny_net()
     optimizer, schedule = make_optimizer(model, 0.1, 3)
-    rows = list(sam_at.train(model, tiny_data(20, size=4), step, optimizer, schedule, 3, 9))
+    rows = []
+    for row in sam_at.train(model, tiny_data(20, size=4), step, optimizer, schedule, 3, 9):
+        rows.append(row)
+        model.eval()
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert optimizer.param_groups[0]["lr"] == approx(0.001)
     assert rows[1]["loss"] == (81 + 81 + 4) / 20
@@ -654,10 +657,9 @@ def test_a_folder_is_read_class_by_class(tmp_path):
     place = make_folder(tmp_path / "pets", size=(20, 50))
     data = load_data("folder", place)
     assert data.x.shape == (4, 3, 32, 32)
-    assert data.y.tolist() == data.y_test.tolist() == [0, 0, 1, 1]
-    assert data.x[:, 0, 5, 5].tolist() == [0, 0, 80, 80]
-    assert data.x[:, 2, 5, 5].tolist() == [0, 20, 0, 20]
-    assert data.x_test[:, 2, 5, 5].tolist() == [100, 120, 100, 120]
+    assert [*data.y, *data.y_test] == [0, 0, 1, 1] * 2
+    assert data.x[1, :, 5, 5].tolist() == [0, 60, 20]
+    assert data.x_test[2, :, 5, 5].tolist() == [80, 60, 100]
     assert (data.classes, data.source, data.augment) == (2, "pets", True)
     assert cli(*QUICK, "--dataset", "folder", "--data-dir", place)[0] == 0  # a channel is constant
 
@@ -681,10 +683,8 @@ def test_tiny_imagenet_as_it_unpacks(tmp_path):
     listed = "val_0.png\tn02\t0\t0\t62\t62\nval_1.png\tn01\t0\t0\t62\t62\n"
     (tmp_path / "val" / "val_annotations.txt").write_text(listed)
     data = load_data("tiny-imagenet", tmp_path)
-    assert data.y.tolist() == [0, 1]
-    assert data.y_test.tolist() == [1, 0]
-    assert data.x[:, 0, 0, 0].tolist() == [100, 200]
-    assert data.x_test[:, 0, 0, 0].tolist() == [205, 105]
+    assert [*data.y, *data.y_test] == [0, 1, 1, 0]
+    assert [*data.x[:, 0, 0, 0], *data.x_test[:, 0, 0, 0]] == [100, 200, 205, 105]
 
 @mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_is_torchvisions(name, monkeypatch):
@@ -698,7 +698,7 @@ def test_cifar_is_torchvisions(name, monkeypatch):
     data = load_data(name, "data")
     assert data.x.movedim(1, 3).equal(images[1])
     assert data.x_test.movedim(1, 3).equal(images[0])
-    assert data.y.tolist() + data.y_test.tolist() == [1] * 4 + [0] * 4
+    assert [*data.y, *data.y_test] == [1] * 4 + [0] * 4
     assert (data.classes, data.source, data.augment) == (3, name, True)
     with raises(BadInput, match=f"{name}.*--dataset demo.*no network"):
         load_data(name, "nowhere")
@@ -868,12 +868,11 @@ def test_the_steps_train_the_one_weight_to_the_same_place(step, end):
 
 # == 12. The duality, measured =========================================================================
 def test_rises_are_those_of_the_ascent_and_of_pgd():
-    """To first order: rho |dL/dw|, and eps |dL/dx| in the dual norm, image by image. The model stays as it was."""
+    """To first order: rho |dL/dw|, and eps |dL/dx| in the dual norm, image by image."""
     model = tiny_net()
     x, y = batch(8)
     model.net[-1].weight.data /= 30  # so that the loss is nearly linear
     rises = sam_at.sharpness(model, x, y)
-    assert model.training
     gradient(model.eval(), x.requires_grad_(), y)
     steepness = length(w.grad for w in model.parameters())
     g = x.grad.flatten(1)
@@ -898,7 +897,7 @@ QUICK = "--method sgd --width 2 --epochs 2 --batch-size 16 --attacks".split() + 
 
 @fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(sam_at, "demo_data", partial(sam_at.demo_data, n_train=64, n_test=40))
+    monkeypatch.setattr(sam_at, "demo_data", partial(sam_at.demo_data, n_train=64, n_test=41))
     monkeypatch.setattr(sam_at, "doubts", lambda *_: {"the moon is full": 12.5, "the sun": 1.0})
 
 @fixture
@@ -968,6 +967,7 @@ def test_defaults(name, lr, decay, monkeypatch):
     _, _, optimizer, _ = sam_at.build(s, 10)
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (lr, decay)
     assert not s.bf16
+    assert parse_args(["--model", name, "--lr", "0.5"]).lr == 0.5
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert parse_args([]).bf16
     assert not parse_args(["--no-bf16"]).bf16
@@ -988,7 +988,6 @@ BAD = [  # arguments > words of the message
     "--rho -0.1 > rho",
     "--rho nan > rho",
     "--rho inf > rho",
-    "--rho big > rho",
     "--epochs 0 > epochs",
     "--seed -1 > seed",
     "--epochs 1.5 > epochs",
@@ -1011,10 +1010,6 @@ def test_bad_input_is_one_message_and_exit_code_2(case, quick):
     assert code == 2 and says in err.splitlines()[-1]
     assert "epoch" not in out and not list(Path().rglob("*.pt"))
 
-def test_help_names_the_flags():
-    code, out, _ = cli("--help")
-    assert code == 0 and "--attack-steps" in out and "--no-bf16" in out
-
 # == 14. More than one device ==========================================================================
 def finish(body, *argv, command=("script.py",), **environment):
     """What a script prints that has imported sam_at, made the demo's data small, and ends well."""
@@ -1022,7 +1017,7 @@ def finish(body, *argv, command=("script.py",), **environment):
 import os, random, signal, sys, time
 sys.path[:0] = [{str(HERE)!r}]
 import sam_at
-sam_at.demo_data = sam_at.partial(sam_at.demo_data, n_train=64, n_test=40)
+sam_at.demo_data = sam_at.partial(sam_at.demo_data, n_train=64, n_test=41)
 sam_at.doubts = lambda *_: {{}}
 {body}""", encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -1079,7 +1074,6 @@ def test_the_first_process_writes_and_a_file_is_replaced_as_a_whole(monkeypatch)
     write_whole(path, b"new")
     monkeypatch.setattr(sam_at, "RANK", 1)
     write_whole(path, b"another process's")
-    sam_at.average_gradients(sgd(tiny_net()))  # there are none
     assert path.read_bytes() + Path("same").read_bytes() == b"newold"
     assert sorted(os.listdir()) == ["file", "same"]
 
@@ -1142,7 +1136,7 @@ def test_a_finished_run_is_reported_and_another_measurement_is_another_record(qu
         table(other)
     records = [json.loads(path.read_text()) for path in Path("runs").glob("*/*.json")]
     assert len({record["table"] for record in records}) == 6
-    assert sorted(record["images"] for record in records) == [7, 9, 40, 40, 40, 40]
+    assert sorted(record["images"] for record in records) == [7, 9, 41, 41, 41, 41]
 
 def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
     out = cli(*QUICK, "--method", "sam", "--seed", 3, "--epochs", 3)[1]
@@ -1150,7 +1144,7 @@ def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
     assert record["label"] == "sam rho 0.15"
     assert record["table"] == (
         f"demo ({record['settings']['data']}), small width 2, 3 epochs, lr 0.1, batch 16; "
-        "40 test images, linf 2/255, 1 steps, 1 starts")
+        "41 test images, linf 2/255, 1 steps, 1 starts")
     assert record.keys() >= {"torch", "threads", "machine"}
     assert (record["settings"]["method"], record["settings"]["seed"]) == ("sam", 3)
     assert record["log"][2]["code"] == record["code"] == sam_at.CODE != ""
@@ -1189,7 +1183,7 @@ def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, m
     def interrupt(*_):
         raise KeyboardInterrupt
     code, _, err = cli(*QUICK, "--lr", 1e8, "--runs", "steep")
-    assert code == 2 and err.count("\n") == 1 and "epoch 1" in err
+    assert code == 2 and err.count("\n") == 1
     for place, name, fail, wanted in (
             (Path, "write_bytes", no_room, 2),
             (sam_at, "right_images", interrupt, 130)):
@@ -1202,16 +1196,17 @@ def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, m
 
 # == 16. The program ===================================================================================
 def test_the_benchmark_times_each_method_in_both_precisions(monkeypatch):
-    """A stand-in for the clock."""
+    """A stand-in for the clock: bfloat16 takes half as long."""
+    def step(model, x, y, optimizer, rho):
+        seen.append(4 / (1 + model.bf16))
     def clock(timer):
         timer.timeit(1)
-        return Namespace(median=times.pop(0))
-    times = [4, 2, 3, 6]
+        return Namespace(median=seen[-1])
+    seen = []
+    monkeypatch.setattr(sam_at, "sam_step", step)
     monkeypatch.setattr("torch.utils.benchmark.Timer.adaptive_autorange", clock)
-    out = cli(*"--benchmark --method at sam --width 2 --batch-size 6".split())[1]
-    assert " ".join(out.split()) == (
-        "at linf 1/255 steps 5 float32 4.0000 s, bfloat16 2.0000 s: 2.00 times as fast "
-        "sam rho 0.15 float32 3.0000 s, bfloat16 6.0000 s: 0.50 times as fast")
+    out = cli(*"--benchmark --method sam --width 2 --batch-size 6".split())[1]
+    assert out.split() == "sam rho 0.15 float32 4.0000 s, bfloat16 2.0000 s: 2.00 times as fast".split()
     assert not os.listdir()
 
 # == 17. results/report.py =============================================================================
@@ -1277,14 +1272,16 @@ def test_c1_is_judged_for_each_radius_and_wants_two_errors_to_spare():
     table = report.table_of([*other, *three("sam 1", 80, 35), *SGD])
     assert report.verdicts(*table)["C1"] == "**yes** (sam 1); **no** (sam 2)"
 
-@mark.parametrize("clean, robust, c2, c3a", [
-    (80, 35, "yes", "yes"),
-    (80, 60, "no", "no"),
-    (74, 50, "yes", "no"),
+@mark.parametrize("clean, robust, other, c2, c3a", [
+    (80, 35, 36, "yes", "yes"),
+    (80, 35, 61, "no", "yes"),
+    (80, 60, 36, "no", "no"),
+    (74, 50, 36, "yes", "no"),
 ])
-def test_c2_and_c3a_are_about_place(clean, robust, c2, c3a):
+def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
+    """C2 is about every SAM, C3a about the best of those that are free."""
     sam = three("sam 1", clean, robust)
-    found = verdicts_of(*SGD, *AT5, *sam, *three("sam 2", 70, 36))
+    found = verdicts_of(*SGD, *AT5, *sam, *three("sam 2", 70, other))
     assert (found["C2"], found["C3a"]) == (c2, c3a)
     found = verdicts_of(*SGD, *three("at 1", 79.95, 70, eps=1), *sam)  # no clear price
     assert found["C2"] == "no"
@@ -1320,9 +1317,10 @@ def report_of(*records):
 
 def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set():
     pytest.importorskip("matplotlib")
-    other = [{**record, "table": "cars main"} for record in SGD]
-    check = {**SGD[0], "table": "pets check"}
-    text = report_of(*SGD, *AT5, *three("sam 1", 80, 35), *other, check, SGD[1])
+    pets = [*SGD, *AT5, *three("sam 1", 80, 35)]
+    cars = [{**record, "table": "cars main"} for record in SGD]
+    check = [{**record, "table": "pets check", "images": 8} for record in pets]
+    text = report_of(*check, *pets, *cars, SGD[1])
     order = ["|  | pets | cars |", "| C1", "**yes** (sam 1) | open |", "pets.png", "## Main result: pets", "| sgd",
              "| at 1", "| sam 1 | 3 | 80 | 35 | 35 | 35 | +0.0 ± 0.0 | +5.0 ± 0.3 |", "## Main result: cars", "## Check"]
     places = [text.index(part) for part in order]
