@@ -1328,7 +1328,7 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set():
         "|  | pets | cars |",
         "| C1", "**yes** (sam 1) | open |",
         "pets.png",
-        "## Main result: pets", "| sgd", "| at 1", "| sam 1 | 3 | 80 | 35 | 35 | 35 | +0.0 ± 0.0 | +5.0 ± 0.3 |",
+        "## Main result: pets", "| sgd", "| sam 1 | 3 | 80 | 35 | 35 | 35 | +0.0 ± 0.0 | +5.0 ± 0.3 |", "| at 1",
         "## Main result: cars",
         "## Check: vans",
         "## Check: pets",

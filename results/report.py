@@ -28,11 +28,10 @@ CLAIMS = {
     "C6": "SAM is a light substitute for AT: the same against AT of one step (2 gradients a step, as SAM)",
 }
 
-COLOURS = {"sgd": "black", "sam": "tab:blue", "at": "tab:red"}
 HEAD = """# Results
 
-Written by `results/report.py`, which states the rules. Gains are on SGD, in points; ± is one standard error. The demo is
-synthetic and made to show the effect: an illustration.
+Written by `results/report.py`, which states the rules. Gains are on SGD, in points; ± is one standard error. The demo
+is synthetic and made to show the effect: an illustration.
 """
 
 def family(row):
@@ -41,9 +40,9 @@ def family(row):
         return row.method, row.norm, row.attack_steps
     return (row.method,)
 
-def strength(row):
-    """SGD first, then each family by its radius."""
-    return row.method != "sgd", family(row), row.eps, row.rho
+def order(row):
+    """SGD, SAM and its variants, AT; each family by its radius."""
+    return len(family(row)), row.method != "sgd", family(row), row.eps, row.rho
 
 def columns_of(record):
     """{name: 100 or 0 for each image}, with the mean of all attacks; of rises of the loss, {name: one number}."""
@@ -67,7 +66,7 @@ def table_of(records):
         for name, column in columns_of(record).items():
             missing = numpy.full((len(seeds), len(column)), numpy.nan)
             row.columns.setdefault(name, missing)[seeds.index(seed)] = column
-    return sorted(rows.values(), key=strength)
+    return sorted(rows.values(), key=order)
 
 def figure(row, name):
     return numpy.nanmean(row.columns[name])
@@ -115,10 +114,11 @@ def verdicts(sgd, *rows):
 
     def judge(verdict, *rows):
         """The verdict, and the rows that it rests on, beside SGD's."""
-        word = {True: "yes", False: "no"}.get(verdict, verdict)
+        if verdict in (True, False):
+            verdict = "yes" if verdict else "no"
         if min(len(row.seeds) for row in (sgd, *rows)) < 3:
-            word = f"open, so far {word}"
-        return f"**{word}** ({', '.join(row.label for row in rows)})"
+            verdict = f"open, so far {verdict}"
+        return f"**{verdict}** ({', '.join(row.label for row in rows)})"
 
     for claim, tried in ("C1", sams), ("C5", variants):
         if tried:
@@ -158,22 +158,20 @@ def lines_of(table):
 
 def correlation(rows):
     """The rank correlation of the rises of the loss around the weights and around the inputs."""
-    ranks = []
-    for name in "rho 0.1", "linf 1/255":
-        ranks.append(numpy.argsort(numpy.argsort([figure(row, name) for row in rows])))
+    ranks = [numpy.argsort(numpy.argsort([figure(row, name) for row in rows])) for name in ("rho 0.1", "linf 1/255")]
     return numpy.corrcoef(ranks)[0, 1]
 
 def picture(path, table):
     """Clean over robust accuracy: a point for each row. Those of a family are joined."""
     from matplotlib.figure import Figure
-    axes = Figure(layout="tight").subplots()
-    axes.set(xlabel="accuracy under attack, mean", ylabel="clean accuracy")
-    for (method, *_), rows in groupby(table, family):
+    axes = Figure().subplots()
+    axes.set(xmargin=0.4, xlabel="accuracy under attack, mean", ylabel="clean accuracy")
+    for _, rows in groupby(table, family):
         points = []
         for row in rows:
             points.append((figure(row, "mean"), figure(row, "clean")))
-            axes.annotate(row.label, points[-1])
-        axes.plot(*zip(*points), "o-", color=COLOURS.get(method))
+            axes.annotate(f"  {row.label}", points[-1])
+        axes.plot(*zip(*points), "o-")
     axes.figure.savefig(path)
 
 def main(place):
@@ -192,20 +190,19 @@ def main(place):
     mains, body = {}, []
     for title, records in sorted(titles.items(), key=lambda item: -len(item[1]) * item[1][0]["images"]):
         table, source = table_of(records), title.split()[0]
-        what, link = "Check", []
+        what, link = "Check", ""
         if not records[0]["right"]:
             what = "Flatness"
             plain = [row for row in table if len(family(row)) == 1]
             if len(plain) > 2:
-                link = [f"Rank correlation of rho 0.1 and linf 1/255: {correlation(table):+.2f}; "
-                        f"without AT {correlation(plain):+.2f}.", ""]
+                link = (f"Rank correlation of rho 0.1 and linf 1/255: {correlation(table):+.2f}; "
+                        f"without AT {correlation(plain):+.2f}.\n")
         elif table[0].method == "sgd" and source not in mains:
             what, mains[source] = "Main result", table
-        body += [f"## {what}: {source}", "", title, "", *lines_of(table), *link]
+        body += [f"## {what}: {source}", "", title, "", *lines_of(table), link]
     found = [verdicts(*table) for table in mains.values()]
-    claims = []
-    for claim, meaning in CLAIMS.items():
-        claims.append([f"{claim}. {meaning}"] + [verdict.get(claim, "open") for verdict in found])
+    claims = [[f"{claim}. {meaning}"] + [verdict.get(claim, "open") for verdict in found]
+              for claim, meaning in CLAIMS.items()]
     shown = []
     try:
         for source, table in mains.items():
@@ -214,7 +211,7 @@ def main(place):
     except ImportError:
         print("report.py: for the pictures, pip install matplotlib")
     text = [HEAD, *markdown(["", *mains], claims), *shown, *body]
-    Path(place, "RESULTS.md").write_text("\n".join(text), "utf-8")
+    (place / "RESULTS.md").write_text("\n".join(text), "utf-8")
 
 if __name__ == "__main__":
     main(Path(*sys.argv[1:]))
