@@ -461,17 +461,6 @@ def test_a_preactivation_block_is_its_formula(c_in, c_out, stride):
     skip = x if stride == 1 else F.conv2d(h, block.shortcut.weight, stride=stride)
     assert block(x).allclose(skip + branch, atol=1e-5)
 
-@mark.parametrize("name, width", [
-    ("prn18", 4),
-    ("small", 4),
-    ("wrn28_10", 1),
-    ("deit_ti", 6)])
-def test_in_eval_mode_an_images_logits_do_not_depend_on_its_batch(name, width):
-    model = make_model(name, 7, width=width).eval()
-    x = uniform(0, 3, 3, 32, 32)
-    logits = model(x)
-    assert logits[1:2].allclose(model(x[1:2]), atol=1e-4)
-
 def test_normalisation_is_inside_and_bf16_for_training_alone():
     mean = uniform(0, 3, 1, 1)
     std = 0.1 + uniform(1, 3, 1, 1)
@@ -485,9 +474,11 @@ def test_normalisation_is_inside_and_bf16_for_training_alone():
     rounded, model.bf16 = model.train()(x), False
     assert rounded.dtype == torch.float32 and not rounded.equal(model(x))
 
-def test_deit_tiny_has_three_heads():
-    net = make_model("deit_ti", 10, width=48).net
-    assert net.encoder.layers[0].self_attention.num_heads == 3
+def test_deit_tiny_runs_and_has_its_heads_and_initial_values():
+    model = make_model("deit_ti", 10, width=48)
+    assert model(uniform(0, 2, 3, 32, 32)).shape == (2, 10)
+    assert model.net.encoder.layers[0].self_attention.num_heads == 3
+    assert model.net.conv_proj.weight.std().item() == approx(1 / 6, rel=0.1)  # uniform within 1/sqrt 12
 
 def test_prn18_halves_the_image_three_times():
     net = make_model("prn18", 10, width=4).net
@@ -726,8 +717,7 @@ def test_an_attacks_name_holds_its_norm_and_radius():
     assert attack.keywords.items() >= dict(eps=7.9, norm="l2", steps=13, stop_when_fooled=True).items()
 
 @mark.parametrize("text", [
-    "", "linf", "linf x", "linf 1/0", "linf 8", "l2 8", "fgsm 8", "l7 1/255", "linf nan", "linf -0.1", "linf 0.1 0.2",
-    "margin 1/255", "autoattack 1/255"])
+    "", "linf", "l2 8", "fgsm 8", "l7 1/255", "linf -0.1", "linf 0.1 0.2", "margin 1/255"])
 def test_an_attack_that_no_name_fits_is_refused(text):
     with raises(BadInput):
         parse_attack(text)
@@ -978,23 +968,18 @@ BAD = [  # arguments > words of the message
     "--eps 8 > below 1",
     "--eps x > radius",
     "--eps 1/0 > radius",
-    "--eps nan > linf",
     "--attacks > attacks",
     "--attacks l7 > l7",
     "--method sma > sma",
     "--model vgg > vgg",
-    "--norm l1 > l1",
     "--roh 1 > roh",
-    "stray > stray",
     "--epoch 1 > epoch",
     "--rho -0.1 > rho",
     "--rho nan > rho",
     "--rho inf > rho",
     "--epochs 0 > epochs",
-    "--seed -1 > seed",
     "--attack-steps 0 > attack-steps",
     "--batch-size 0 > batch-size",
-    "--restarts 0 > restarts",
     "--eval-steps 0 > eval-steps",
     "--images -1 > images",
     "--width 900000000 > width",
@@ -1259,10 +1244,11 @@ AT5 = three("at 1", 75, 60, eps=1)
     (82, 30, "no"),
     (82, 30.05, "no"),
 ])
-def test_c1_wants_a_gain_under_every_attack_for_half_a_point(clean, robust, word):
+@mark.parametrize("variant", ["asam 1", "esam 1"])
+def test_c1_and_c5_want_a_gain_under_every_attack_for_half_a_point(clean, robust, word, variant):
     sam = three("sam 1", clean, robust)
-    asam = three("asam 1", clean, robust)
-    assert verdicts_of(*SGD, *sam, *asam) == {"C1": word, "C5": word}
+    other = three(variant, clean, robust)
+    assert verdicts_of(*SGD, *sam, *other) == {"C1": word, "C5": word}
     assert verdicts_of(*SGD, *sam[:2]) == verdicts_of(*SGD[:2], *sam) == {"C1": f"open, so far {word}"}
     sam[0]["right"]["b"] = SGD[0]["right"]["b"]  # no gain under this attack
     assert verdicts_of(*SGD, *sam) == {"C1": "no"}
@@ -1279,6 +1265,7 @@ def test_c1_is_judged_for_each_radius_and_wants_two_errors_to_spare():
     (80, 35, 61, "no", "yes"),
     (80, 60, 36, "no", "no"),
     (74, 50, 36, "yes", "no"),
+    (79, 35, 36, "yes", "no"),
 ])
 def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     """C2 is about every SAM, C3a about the best of those that are free."""
@@ -1287,11 +1274,14 @@ def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     assert (found["C2"], found["C3a"]) == (c2, c3a)
     found = verdicts_of(*SGD, *three("at 1", 79.95, 70, eps=1), *sam)  # no clear price
     assert found["C2"] == "no"
+    sam[0]["right"]["b"] = AT5[0]["right"]["b"]  # no gain on SAM under this attack
+    assert verdicts_of(*SGD, *AT5, *sam)["C2"] == "no"
 
 @mark.parametrize("clean, robust, word", [
     (78, 50, "above, by +8.0"),
     (78, 42, "on, by "),
     (78, 42.6, "on, by "),
+    (78, 41.4, "on, by "),
     (78, 35, "below, by -7.0"),
     (60, 70, "above, by +4.0"),
     (90, 40, "above, by +10.0"),
