@@ -1265,7 +1265,7 @@ def test_c1_is_judged_for_each_radius_and_wants_two_errors_to_spare():
     (80, 35, 61, "no", "yes"),
     (80, 60, 36, "no", "no"),
     (74, 50, 36, "yes", "no"),
-    (79, 35, 36, "yes", "no"),
+    (79, 35, 20, "yes", "no"),
 ])
 def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     """C2 is about every SAM, C3a about the best of those that are free."""
