@@ -165,7 +165,7 @@ def picture(path, table):
     """Clean over robust accuracy: a point for each row. Those of a family are joined."""
     from matplotlib.figure import Figure
     axes = Figure().subplots()
-    axes.set(xmargin=0.4, xlabel="accuracy under attack, mean", ylabel="clean accuracy")
+    axes.set(xmargin=0.6, xlabel="accuracy under attack, mean", ylabel="clean accuracy")
     for _, rows in groupby(table, family):
         points = []
         for row in rows:
