@@ -330,14 +330,14 @@ def test_sam_that_would_be_sgd_is_an_error(rho, weights):
 def torn(weights, grads, rho):
     return [1.0 + weights[0], torch.ones(7)]
 
-@mark.parametrize("fused, ascend", [(True, ascent), (False, ascent), (True, torn)])
-def test_an_update_inside_the_block_is_an_error(fused, ascend):
+@mark.parametrize("ascend", [ascent, torn])
+def test_an_update_inside_the_block_is_an_error(ascend):
     """As is an ascent that fails half way. The weights are restored all the same."""
     model = tiny_net()
     gradient(model, *batch(4))
     before = weights_of(model)
     with raises(RuntimeError), perturbed(model, 0.1, ascend):
-        sgd(model, 1e-4, fused=fused).step()
+        sgd(model, 1e-4, fused=True).step()
     assert same_bits(before, weights_of(model))
 
 def test_a_graph_made_at_w_cannot_be_used_at_w_plus_v():
@@ -717,7 +717,7 @@ def test_an_attacks_name_holds_its_norm_and_radius():
     assert attack.keywords.items() >= dict(eps=7.9, norm="l2", steps=13, stop_when_fooled=True).items()
 
 @mark.parametrize("text", [
-    "", "linf", "l2 8", "fgsm 8", "l7 1/255", "linf -0.1", "linf 0.1 0.2", "margin 1/255"])
+    "", "linf", "l2 8", "fgsm 8", "l7 1/255", "linf -0.1", "margin 1/255"])
 def test_an_attack_that_no_name_fits_is_refused(text):
     with raises(BadInput):
         parse_attack(text)
@@ -866,6 +866,7 @@ def test_rises_are_those_of_the_ascent_and_of_pgd():
     x, y = batch(8)
     model.net[-1].weight.data /= 30  # so that the loss is nearly linear
     rises = sam_at.sharpness(model, x, y)
+    assert model.training
     gradient(model.eval(), x.requires_grad_(), y)
     steepness = length(w.grad for w in model.parameters())
     g = x.grad.flatten(1)
@@ -956,7 +957,8 @@ def test_defaults(name, lr, decay, monkeypatch):
     s = parse_args(["--model", name])
     labels = [sam_at.make_step(method, s)[0] for method in s.method]
     assert labels == ["sgd", "sam rho 0.15", "at linf 1/255 steps 5"]
-    _, _, optimizer, _ = sam_at.build(s, 10)
+    model, _, optimizer, _ = sam_at.build(s, 10)
+    assert same_bits(weights_of(model), weights_of(sam_at.build(s, 10)[0]))  # all methods start alike
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (lr, decay)
     assert not s.bf16
     assert parse_args(["--model", name, "--lr", "0.5"]).lr == 0.5
@@ -969,18 +971,13 @@ BAD = [  # arguments > words of the message
     "--eps x > radius",
     "--eps 1/0 > radius",
     "--attacks > attacks",
-    "--attacks l7 > l7",
     "--method sma > sma",
-    "--model vgg > vgg",
     "--roh 1 > roh",
     "--epoch 1 > epoch",
     "--rho -0.1 > rho",
     "--rho nan > rho",
-    "--rho inf > rho",
     "--epochs 0 > epochs",
-    "--attack-steps 0 > attack-steps",
     "--batch-size 0 > batch-size",
-    "--eval-steps 0 > eval-steps",
     "--images -1 > images",
     "--width 900000000 > width",
     "--model deit_ti --width 4 > width",

@@ -5,7 +5,7 @@ Reads DIR/results/records.jsonl and DIR/runs/*/*.json. A table has a row for eac
 images and compared image by image: let d_i be the mean over seeds, and attacks, of right_a - right_b. The gain of a
 on b is the mean of d_i; its error is the root of (variance over images / images + variance over seeds / seeds).
 'Clearly' means: by over two errors. These rules, and CLAIMS, were written before the runs. A claim needs three seeds of
-each row that it compares; until then it is open. A data set's main table is the one of most images.
+each row that it compares; until then it is open. A data set's main table is the one of most records times images.
 """
 import base64
 import json
