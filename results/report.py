@@ -30,8 +30,9 @@ CLAIMS = {
 
 HEAD = """# Results
 
-Written by `results/report.py`, which states the rules. Gains are on SGD, in points; ± is one standard error. The demo
-is synthetic and made to show the effect: an illustration.
+Written by `results/report.py`, which states the rules. Gains are on SGD, in points; ± is one standard error, of one seed
+over the images alone. The demo is synthetic and made to show the effect: an illustration. `results/former.jsonl` keeps
+the records of an earlier JPEG copy of CIFAR-10.
 """
 
 def family(row):
@@ -165,17 +166,17 @@ def picture(path, table):
     """Clean over robust accuracy: a point for each row. Those of a family are joined."""
     from matplotlib.figure import Figure
     axes = Figure().subplots()
-    axes.set(xmargin=0.6, xlabel="accuracy under attack, mean", ylabel="clean accuracy")
+    axes.set(xmargin=0.7, xlabel="accuracy under attack, mean", ylabel="clean accuracy")
     for _, rows in groupby(table, family):
         points = []
         for row in rows:
             points.append((figure(row, "mean"), figure(row, "clean")))
-            axes.annotate(f"  {row.label}", points[-1])
+            axes.annotate(f"  {row.label}", points[-1], fontsize=8)
         axes.plot(*zip(*points), "o-")
     axes.figure.savefig(path)
 
 def main(place):
-    stored = place / "results" / "records.jsonl"
+    stored = place / "results/records.jsonl"
     stored.touch()
     lines = stored.read_text().splitlines()
     lines += [path.read_text() for path in sorted(place.glob("runs/*/*.json"))]
