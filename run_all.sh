@@ -55,5 +55,5 @@ runs=$(list | wc -l) failed=0  # a run that fails ends neither the others nor th
 list | nl -w1 -s ' ' | xargs -P "${#gpus[@]}" --process-slot-var=SLOT -I RUN bash -c '
   export CUDA_VISIBLE_DEVICES=$(cut -d, -f$((SLOT + 1)) <<< $GPUS)
   line="RUN"; echo "+ ${line%% *}/'"$runs"' ${line#* }"; ${line#* } || exit 1' || failed=1
-$python results/report.py "$place"
+(cd "$place" && $python "$OLDPWD/results/report.py")
 exit "$failed"

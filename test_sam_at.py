@@ -1221,8 +1221,8 @@ def three(label, clean, robust, **settings):
         points = {"clean": clean, "a": robust, "b": robust + seed - 1}
         right = {name: packed(torch.arange(4000) < 40 * p) for name, p in points.items()}
         usual = dict(label=label, method=label.split()[0], attacks="ab", norm="linf", attack_steps=5, eps=0, rho=1)
-        records.append(dict(label=label, table="pets main", images=4000, figures={}, right=right))
-        records[-1]["settings"] = {**usual, "seed": seed, **settings}
+        now = {**usual, "seed": seed, **settings}
+        records.append(dict(label=label, table="pets main", images=4000, figures={}, right=right, settings=now))
     return records
 
 def verdicts_of(*records):
@@ -1299,7 +1299,7 @@ def report_of(*records):
     Path("runs/one").mkdir(parents=True)
     Path("results/records.jsonl").write_text("\n".join([*lines[1:], ""]))
     Path("runs/one/x.json").write_text(lines[0])
-    report.main(Path())
+    report.main()
     found = Path("results/records.jsonl").read_text().splitlines()
     assert sorted(found) == sorted(set(lines))  # each once
     return Path("RESULTS.md").read_text("utf-8")
@@ -1331,4 +1331,5 @@ def test_rises_have_their_rank_correlation_with_and_without_at():
         record = three(label, 0, 0)[0]
         record.update(right={}, figures={"rho 0.1": around_w, "linf 1/255": around_x})
         records.append(record)
-    assert "-0.20; without AT +1.00" in report_of(*records)
+    text = report_of(*records)
+    assert "-0.20 of 4 networks; without AT +1.00 of 3" in text and "rise-of-the-loss.png" in text

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""From the records of runs: DIR/RESULTS.md, DIR/results/records.jsonl and pictures.  python results/report.py [DIR]
+"""From the records of runs: RESULTS.md, results/records.jsonl and pictures.  python results/report.py
 
-Reads DIR/results/records.jsonl and DIR/runs/*/*.json. A table has a row for each label. All are measured on the same
+Reads results/records.jsonl and runs/*/*.json of the working directory. A table has a row for each label. All are measured on the same
 images and compared image by image: let d_i be the mean over seeds, and attacks, of right_a - right_b. The gain of a
 on b is the mean of d_i; its error is the root of (variance over images / images + variance over seeds / seeds).
 'Clearly' means: by over two errors. These rules, and CLAIMS, were written before the runs. A claim needs three seeds of
@@ -10,10 +10,8 @@ each row that it compares; until then it is open. A data set's main table is the
 import base64
 import json
 import math
-import sys
 from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 
@@ -30,9 +28,10 @@ CLAIMS = {
 
 HEAD = """# Results
 
-Written by `results/report.py`, which states the rules. Gains are on SGD, in points; ± is one standard error, of one seed
-over the images alone. The demo is synthetic and made to show the effect: an illustration. `results/former.jsonl` keeps
-the records of an earlier JPEG copy of CIFAR-10.
+Written by `results/report.py`, which states the rules. 'Under attack' is the mean of the attacks. Gains are on SGD, in
+points; ± is one standard error, of one seed over the images alone, and the crosses in the pictures are those errors.
+Gradients a step: SGD 1, SAM 2, AT 1 and its attack's steps. The demo is synthetic and made to show the effect: an
+illustration. `results/former.jsonl` keeps the records of an earlier JPEG copy of CIFAR-10.
 """
 
 def family(row):
@@ -52,84 +51,83 @@ def columns_of(record):
         packed = numpy.frombuffer(base64.b64decode(text), numpy.uint8)
         columns[name] = 100.0 * numpy.unpackbits(packed, count=record["images"])
     if "clean" in columns:
-        columns["mean"] = numpy.mean([columns[name] for name in columns if name != "clean"], axis=0)
+        columns["under attack"] = numpy.mean([columns[name] for name in columns if name != "clean"], 0)
     return columns
 
+class Row(dict):
+    """Of one label: its columns, {name: (seeds, images)}, NaN where a seed was not run; its settings are attributes."""
+
 def table_of(records):
-    """The rows of a title: settings, seeds and columns, {name: (seeds, images)}, NaN where a seed was not run."""
+    """The rows of a title."""
     seeds = sorted({record["settings"]["seed"] for record in records})
     rows = {}
     for record in records:
-        row = SimpleNamespace(**record["settings"], seeds=set(), columns={})
-        seed = row.seed
-        row = rows.setdefault(row.label, row)
-        row.seeds.add(seed)
+        settings = record["settings"]
+        row = rows.setdefault(settings["label"], Row())
+        vars(row).update(settings)
+        vars(row).setdefault("seeds", set()).add(row.seed)
         for name, column in columns_of(record).items():
             missing = numpy.full((len(seeds), len(column)), numpy.nan)
-            row.columns.setdefault(name, missing)[seeds.index(seed)] = column
+            row.setdefault(name, missing)[seeds.index(row.seed)] = column
     return sorted(rows.values(), key=order)
 
-def figure(row, name):
-    return numpy.nanmean(row.columns[name])
+def figure(row, name="under attack"):
+    return numpy.nanmean(row[name])
 
 def gain(a, b):
     """Points by which column a is ahead of b, and the error of that, over the seeds that both have."""
     d = a - b
     d = d[~numpy.isnan(d[:, 0])]
-    square = d.mean(0).var(ddof=1) / d.shape[1]
-    if len(d) > 1:
-        square += d.mean(1).var(ddof=1) / len(d)
+    square = 0
+    for means in d.mean(0), d.mean(1):
+        if len(means) > 1:
+            square += means.var(ddof=1) / len(means)
     return d.mean(), math.sqrt(square)
 
 def ahead(a, b, *names):
     """Whether a row is clearly ahead of another in all those columns."""
-    gains = [gain(a.columns[name], b.columns[name]) for name in names]
+    gains = [gain(a[name], b[name]) for name in names]
     return all(points > 2 * error for points, error in gains)
 
 def free(row, sgd):
     """Whether it is what C1 asks for."""
-    points, error = gain(row.columns["clean"], sgd.columns["clean"])
+    points, error = gain(row["clean"], sgd["clean"])
     return ahead(row, sgd, *row.attacks) and 2 * error - points <= 0.5
 
 def height(row, curve):
     """How far it lies above a curve of rows at its own clean accuracy; beyond the curve's ends, above the nearest row.
     Between two rows the curve is of networks that are the second with probability t, else the first."""
     clean = figure(row, "clean")
-    there = min(curve, key=lambda other: abs(figure(other, "clean") - clean)).columns["mean"]
+    there = min(curve, key=lambda other: abs(figure(other, "clean") - clean))["under attack"]
     for p, q in zip(curve, curve[1:]):
         high, low = figure(p, "clean"), figure(q, "clean")
         if high >= clean >= low and high > low:
             t = (high - clean) / (high - low)
-            there = (1 - t) * p.columns["mean"] + t * q.columns["mean"]
-    return gain(row.columns["mean"], there)
-
-def best(rows):
-    return max(rows, key=lambda row: figure(row, "mean"))
+            there = (1 - t) * p["under attack"] + t * q["under attack"]
+    return gain(row["under attack"], there)
 
 def verdicts(sgd, *rows):
     """{claim: verdict}, of those claims that the rows say something on."""
     sams = [row for row in rows if row.method == "sam"]
     ats = [row for row in rows if row.method == "at"]
-    variants = [row for row in rows if row.method in ("asam", "esam")]
     found = {}
 
     def judge(verdict, *rows):
         """The verdict, and the rows that it rests on, beside SGD's."""
-        if verdict in (True, False):
-            verdict = "yes" if verdict else "no"
+        verdict = {True: "yes", False: "no"}.get(verdict, verdict)
         if min(len(row.seeds) for row in (sgd, *rows)) < 3:
             verdict = f"open, so far {verdict}"
         return f"**{verdict}** ({', '.join(row.label for row in rows)})"
 
-    for claim, tried in ("C1", sams), ("C5", variants):
+    for claim, tried in ("C1", sams), ("C5", [row for row in rows if row.method in ("asam", "esam")]):
         if tried:
             found[claim] = "; ".join(judge(free(row, sgd), row) for row in tried)
     if sams and ats:
-        sam, at = best([row for row in sams if free(row, sgd)] or sams), best(ats)
+        sam = max([row for row in sams if free(row, sgd)] or sams, key=figure)
+        at = max(ats, key=figure)
         most = all(ahead(at, row, *at.attacks) for row in sams)
         found["C2"] = judge(most and ahead(sgd, at, "clean"), at, *sams)
-        less = ahead(at, sam, "mean") and ahead(sam, at, "clean")
-        found["C3a"] = judge(less and free(sam, sgd), sam, at)
+        found["C3a"] = judge(free(sam, sgd) and ahead(at, sam, "under attack") and ahead(sam, at, "clean"), sam, at)
         for claim, steps in ("C3b", 5), ("C6", 1):
             curve = [row for row in ats if family(row) == ("at", "linf", steps)]
             if curve:
@@ -145,14 +143,14 @@ def markdown(head, lines):
 
 def lines_of(table):
     """Figures are means over seeds; gains are on the first row, SGD."""
-    names = [*table[0].columns]
-    compared = ["clean", "mean"] if "mean" in names else []
+    names = [*table[0]]
+    compared = ["clean", "under attack"] if "under attack" in names else []
     lines = []
     for row in table:
         cells = [row.label, str(len(row.seeds))]
         cells += [f"{figure(row, name):.4g}" for name in names]
         for name in compared:
-            points, error = gain(row.columns[name], table[0].columns[name])
+            points, error = gain(row[name], table[0][name])
             cells.append(f"{points:+.1f} ± {error:.1f}")
         lines.append(cells)
     return markdown(["", "seeds", *names, *(f"{name} gain" for name in compared)], lines)
@@ -162,57 +160,61 @@ def correlation(rows):
     ranks = [numpy.argsort(numpy.argsort([figure(row, name) for row in rows])) for name in ("rho 0.1", "linf 1/255")]
     return numpy.corrcoef(ranks)[0, 1]
 
-def picture(path, table):
-    """Clean over robust accuracy: a point for each row. Those of a family are joined."""
+def picture(name, table, x, y):
+    """One column over another: a point for each row, with the errors of its gain. Those of a family are joined."""
     from matplotlib.figure import Figure
     axes = Figure().subplots()
-    axes.set(xmargin=0.7, xlabel="accuracy under attack, mean", ylabel="clean accuracy")
+    axes.margins(0.5)
+    axes.set(xlabel=f"{name}: {x}", ylabel=f"{name}: {y}")
     for _, rows in groupby(table, family):
-        points = []
+        crosses = []
         for row in rows:
-            points.append((figure(row, "mean"), figure(row, "clean")))
-            axes.annotate(f"  {row.label}", points[-1], fontsize=8)
-        axes.plot(*zip(*points), "o-")
-    axes.figure.savefig(path)
+            cross = []
+            for column in x, y:
+                cross += figure(row, column), gain(row[column], table[0][column])[1]
+            crosses.append(cross)
+            axes.annotate(f"  {row.label}", cross[::2], rotation=30, fontsize=8)
+        xs, x_errors, ys, y_errors = zip(*crosses)
+        axes.errorbar(xs, ys, y_errors, x_errors, "o-")
+    axes.figure.savefig(f"results/{name}.png")
 
-def main(place):
-    stored = place / "results/records.jsonl"
+def main():
+    stored = Path("results/records.jsonl")
     stored.touch()
     lines = stored.read_text().splitlines()
-    lines += [path.read_text() for path in sorted(place.glob("runs/*/*.json"))]
+    lines += [path.read_text() for path in sorted(Path().glob("runs/*/*.json"))]
     lines = [*dict.fromkeys(lines)]  # each once
     part = stored.with_suffix(".part")
     part.write_text("\n".join(lines + [""]))
     part.replace(stored)
     titles = {}
-    for line in lines:
-        record = json.loads(line)
+    for record in map(json.loads, lines):
         titles.setdefault(record["table"], []).append(record)
-    mains, body = {}, []
+    found, pictures, body = {}, {}, []
     for title, records in sorted(titles.items(), key=lambda item: -len(item[1]) * item[1][0]["images"]):
         table, source = table_of(records), title.split()[0]
         what, link = "Check", ""
-        if not records[0]["right"]:
+        if "clean" not in table[0]:
             what = "Flatness"
             plain = [row for row in table if len(family(row)) == 1]
             if len(plain) > 2:
-                link = (f"Rank correlation of rho 0.1 and linf 1/255: {correlation(table):+.2f}; "
-                        f"without AT {correlation(plain):+.2f}.\n")
-        elif table[0].method == "sgd" and source not in mains:
-            what, mains[source] = "Main result", table
+                pictures[f"{source}-rise-of-the-loss"] = table, "linf 1/255", "rho 0.1"
+                link = (f"Rank correlation of rho 0.1 and linf 1/255: {correlation(table):+.2f} of {len(table)} networks; "
+                        f"without AT {correlation(plain):+.2f} of {len(plain)}.\n")
+        elif table[0].method == "sgd" and source not in found:
+            what, found[source] = "Main result", verdicts(*table)
+            pictures[source] = table, "under attack", "clean"
         body += [f"## {what}: {source}", "", title, "", *lines_of(table), link]
-    found = [verdicts(*table) for table in mains.values()]
-    claims = [[f"{claim}. {meaning}"] + [verdict.get(claim, "open") for verdict in found]
+    claims = [[f"{claim}. {meaning}"] + [verdict.get(claim, "open") for verdict in found.values()]
               for claim, meaning in CLAIMS.items()]
-    shown = []
+    shown = (f"![{name}](results/{name}.png)\n" for name in pictures)
+    body = [HEAD, *markdown(["", *found], claims), *shown, *body]
+    Path("RESULTS.md").write_text("\n".join(body), "utf-8")
     try:
-        for source, table in mains.items():
-            picture(place / f"results/{source}.png", table)
-            shown += [f"![{source}](results/{source}.png)", ""]
+        for name, drawn in pictures.items():
+            picture(name, *drawn)
     except ImportError:
         print("report.py: for the pictures, pip install matplotlib")
-    text = [HEAD, *markdown(["", *mains], claims), *shown, *body]
-    (place / "RESULTS.md").write_text("\n".join(text), "utf-8")
 
 if __name__ == "__main__":
-    main(Path(*sys.argv[1:]))
+    main()
