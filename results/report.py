@@ -207,7 +207,8 @@ def main():
             plain = [row for row in table if len(family(row)) == 1]
             if len(plain) > 2:
                 pictures[f"{source}-rise-of-the-loss"] = table, "rho 0.1", "linf 1/255"
-                link = f"\nRank correlation of rho 0.1 and linf 1/255: {correlation(table):+.2f}; without AT {correlation(plain):+.2f}."
+                link = f"\nRank correlation of rho 0.1 and linf 1/255: {correlation(table):+.2f}; " \
+                       f"without AT {correlation(plain):+.2f}."
         elif table[0].method == "sgd" and source not in found:
             what, found[source] = "Main result", verdicts(*table)
             pictures[source] = table, "under attack", "clean"
