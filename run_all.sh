@@ -45,6 +45,7 @@ list() {  # seeds outermost: stopped early, it leaves whole tables of fewer seed
 
 if [ "${1-}" = --dry-run ]; then list; exit; fi
 mkdir -p "$place/results"
+touch "$place/results/records.jsonl"
 if [ "$place" = . ]; then  # the data first, once for all
   $python -c 'import sam_at; [sam_at.load_data(name, "data") for name in ("cifar10", "cifar100")]'
 fi
