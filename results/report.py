@@ -35,9 +35,9 @@ Written by `results/report.py`, which states the rules. 'Under attack' is the me
 first row, SGD where it was run, in points; ± is one standard error, of one seed over the images alone; crosses in the
 pictures are those errors. 'No' means: not shown. The best SAM is the most robust of those that C1 finds free, if any, else
 of all. 'Rise of the loss': how much higher it is, in nats, at the worst weights within rho that SAM's step finds, or under
-an attack. Gradients a step: SGD 1, SAM 2, AT 1 and its attack's steps. PGD-10 is not the strongest attack: what PGD-50
-takes from 200 images is in each record (`stronger`). The demo is synthetic, made to show the effect: an illustration.
-`results/former.jsonl` keeps the records of an earlier JPEG copy of CIFAR-10.
+an attack. Gradients a step: SGD 1, SAM 2, AT 1 and its attack's steps; seconds: `results/costs.txt`. PGD-10 is not the
+strongest attack: what PGD-50 takes from 200 images is in each record (`stronger`). The demo is synthetic, made to show the
+effect: an illustration. `results/former.jsonl` keeps the records of an earlier JPEG copy of CIFAR-10.
 """
 
 def family(row):
