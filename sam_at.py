@@ -76,7 +76,7 @@ def random_delta(x, eps, norm):
         return eps * (2 * torch.rand_like(x) - 1)
     return eps * torch.rand_like(l2_norm(x)) * steepest(torch.randn_like(x), "l2")
 
-def summed_cross_entropy(logits, y):  # a sum: an image's gradient does not depend on how many others are in its batch
+def summed_cross_entropy(logits, y):  # a sum: gradients do not shrink as batches grow
     return F.cross_entropy(logits, y, reduction="sum")
 
 def input_gradient(model, x, y, loss):
@@ -122,7 +122,7 @@ def check(x, y):
 def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=True,
         loss=summed_cross_entropy, stop_when_fooled=False):
     """Projected gradient ascent to images of high loss within eps of x (Madry et al. 2018, section 2.1).
-    x: pixels in [0,1], (N, ...).  eps, step_size: in the same unit; a step is eps/4 unless given, as in [1, 2].
+    x: pixels in [0,1], (N, ...).  eps, step_size: in the same unit; a step is eps/4 unless given, as in [2].
     stop_when_fooled: an image stays where the model first gets it wrong; what is right at the end was right at every
     step. Returns x_adv, shaped like x; the model and its .grad stay as they were. Raises BadInput."""
     check_radius(eps, norm)
@@ -149,9 +149,9 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
 #        SAM   v     =  rho * g/|g|_2,                  g = dL/dw:  one norm over all weights, one step
 #    'Dual': a score w.x changes alike when either factor moves. On a linear score both maxima are exact and lower the
 #    margin: delta (l2) by eps|w| for each image, v by rho|x|, more for images far from 0. In a dense first layer
-#    z = Wx an attack delta does what the move V = (W delta) x^T/|x|^2 of the weights does, and V what the attack
-#    W^+ V x does (W of full row rank, W^+ its pseudoinverse): for one image, flat in the weights is flat against
-#    those. But one v serves all images, and SAM's one step spreads rho over all layers: it is the weaker of the two.
+#    z = Wx an attack delta does what a move of the weights does, V = (W delta) x^T/|x|^2, and V what the attack
+#    W^+ V x does, if W has a right inverse W^+. As |V| = |W delta|/|x|, a loss of one image that is flat for
+#    |V| <= rho is so for |W delta| <= rho|x|. But one v serves all images and layers: SAM protects less than AT.
 def ascent(weights, grads, rho):
     """v = rho * g/|g|_2, one norm over all weights (Foret et al. 2021, eq. 2); where g is 0, so is v."""
     scale = rho / nn.utils.get_total_norm(grads).clamp_min(1e-12)
@@ -190,7 +190,7 @@ def perturbed(model, rho, ascend=ascent):
 # == 3. The three training steps ==========================================================================
 #    They differ in where the gradient is taken. None differentiates through v or delta, though both depend on w: the
 #    gradient of a maximum is the gradient at its maximiser, where that is unique (Danskin's theorem). PGD comes close
-#    to it, SAM's one step less. Each returns the loss and the logits of its first gradient in w, detached.
+#    to that, SAM's one step need not. Each returns the loss and the logits of its first gradient in w, detached.
 def gradient(model, x, y):
     """Put dL/dw on the weights, in place of what lay there; return loss and logits."""
     model.zero_grad()
@@ -555,14 +555,14 @@ def doubts(model, images, labels, names, steps=10, restarts=1):
 
 # == 10. Variants: more ascents and networks ==============================================================
 def adaptive_ascent(weights, grads, rho, eta=0.01):
-    """ASAM: v = rho * T^2 g/|T g|_2, T = |w| + eta; T = 1 on biases and BatchNorm (Kwon et al. 2021, alg. 1).
+    """ASAM: v = rho * T^2 g/|T g|_2, T = |w| + eta (Kwon et al. 2021, alg. 1); T = 1 on biases and BatchNorm.
     With eta = 0 and no biases, rescaled weights have a rescaled v. Takes about ten times SAM's rho."""
     T = [w.abs() + eta if w.ndim > 1 else torch.ones_like(w) for w in weights]
     v = ascent(weights, [t * g for t, g in zip(T, grads)], rho)
     return [t * a for t, a in zip(T, v)]
 
 def layerwise_ascent(weights, grads, gamma):
-    """AWP: v = gamma * |w| * g/|g| for each tensor; biases and BatchNorm stay (Wu et al. 2020, section 4).
+    """AWP: v = gamma * |w|_2 * g/|g|_2 for each tensor; biases and BatchNorm stay (Wu et al. 2020, section 4).
     AWP is sam_step on attacked images with this ascent."""
     moves = []
     for w, g in zip(weights, grads):
@@ -570,8 +570,8 @@ def layerwise_ascent(weights, grads, gamma):
     return moves
 
 def esam_step(model, x, y, optimizer, rho, beta=0.5, gamma=0.5):
-    """ESAM (Du et al. 2022, algorithm 1). Each weight tensor climbs with probability beta, one at least, by rho/beta
-    in all; then the share gamma of images counts whose loss rose most. At beta = gamma = 1 SAM."""
+    """ESAM (Du et al. 2022, algorithm 1). Each weight tensor climbs with probability beta, one at least, together by
+    rho/beta; then the share gamma of images counts whose loss rose most. At beta = gamma = 1 SAM."""
     loss, logits = gradient(model, x, y)
     weights = [w for w in trained_weights(optimizer) if w.grad is not None]
     draws = torch.rand(len(weights))
@@ -612,17 +612,17 @@ def make_model(name, classes, mean_std=CIFAR10, width=None):
     net = MODELS[name](classes, width=width) if width else MODELS[name](classes)
     return Classifier(net, *mean_std).to(memory_format=torch.channels_last)  # the fastest
 
-# == 11. Why it works: the simplified model of [2] ========================================================
+# == 11. The simplified model of [2] ======================================================================
 #    y is +1 or -1. One robust feature, x_1 = y with probability p, else -y; n others, Normal(eta y, 1), eta
 #    small. The classifier sign(w x_1 + x_2 + .. + x_{n+1}) has one weight, its trust in the robust feature.
-#        A(w) = p Phi((w + eta n)/sqrt n) + (1-p) Phi((eta n - w)/sqrt n)      its accuracy
+#        A(w) = p Phi((w + eta n)/sqrt n) + (1-p) Phi((eta n - w)/sqrt n)      accuracy; Phi: the normal distribution
 #        standard   max_w A(w)                         w = ln(p/(1-p)) / (2 eta)
-#        AT         the same with eta - eps for eta    w = ln(p/(1-p)) / (2 (eta - eps))    first order in eps
-#        SAM        max_w min(A(w - rho), A(w + rho))  w = w_standard (1 + rho^2/(3n))    second order in rho
-#    A' = 0 where p phi((w + eta n)/sqrt n) = (1-p) phi((eta n - w)/sqrt n); its logarithm is linear in w.
-#    AT moves each of the n features by eps < eta against y; x_1 is out of its reach. For SAM expand
-#    A(w + rho) = A(w - rho) at w_0 = w_standard: A'' (w - w_0) + A''' rho^2/6 = 0, A'''/A'' = -2 w_0/n.
-#    The tests solve all three by search, and train the weight with the steps of section 3.
+#        AT         the same with eta - eps for eta    w = ln(p/(1-p)) / (2 (eta - eps))    exact
+#        SAM        max_w min(A(w - rho), A(w + rho))  w = w_standard (1 + rho^2/(3n))    up to rho^4
+#    A' = 0 where p phi((w + eta n)/sqrt n) = (1-p) phi((eta n - w)/sqrt n); its logarithm is linear in w. AT moves
+#    each of the n features by eps < eta against y; x_1 is out of its reach. For SAM expand A(w + rho) = A(w - rho) at
+#    w_0 = w_standard: A'' (w - w_0) + A''' rho^2/6 = 0, A'''/A'' = -2 w_0/n. The steps of section 3 end there, too
+#    (see the tests), SAM's with its exact maximum; its own ascent climbs the wrong side, and ends at w_standard.
 # == 12. The duality, measured: does flat around the weights go with flat around the inputs? ==============
 def sharpness(model, x, y):
     """How far the mean loss rises at SAM's ascent of length rho, and under PGD-10, in eval mode:
@@ -726,8 +726,8 @@ def parse_args(argv=None):
     return s
 
 # == 14. More than one device: torchrun starts a process for each =========================================
-#    With the same weights and random numbers, they share the same batches. Gradients are averaged before the
-#    update; SAM's v is each share's own (m-sharpness, Foret et al. 2021, section 4).
+#    From the same weights and random numbers, each takes its share of the same batches. Gradients are averaged for
+#    the update. BatchNorm's statistics and SAM's v are of a share (m-sharpness, Foret et al. 2021, section 4).
 def average_gradients(optimizer, *_):
     for w in trained_weights(optimizer):
         if w.grad is not None:
@@ -735,10 +735,10 @@ def average_gradients(optimizer, *_):
             w.grad /= WORLD
 
 def start_processes(device):
-    """Join the other processes. All but the first print errors alone."""
+    """Join the other processes. Only the first prints more than errors."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group()
+    distributed.init_process_group("gloo" if device == "cpu" else "nccl")
     atexit.register(distributed.destroy_process_group)
     register_optimizer_step_pre_hook(average_gradients)
     if RANK > 0:
@@ -808,8 +808,8 @@ def measure(s, model, images, labels):
         right[name] = base64.b64encode(numpy.packbits(flags.cpu())).decode()
         print(f"  {name}: {figures[name]:.1f}%")
     print("  checking with stronger attacks")
-    stronger = doubts(model, images, labels, s.attacks, s.eval_steps, s.restarts)
-    return {"figures": figures, "right": right, "stronger": stronger}
+    return {"figures": figures, "right": right,
+            "stronger": doubts(model, images, labels, s.attacks, s.eval_steps, s.restarts)}
 
 TRAINING = ("dataset", "model", "width", "epochs", "batch_size", "lr", "bf16", "compile", "seed", "device")
 
