@@ -11,6 +11,7 @@ from argparse import Namespace
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the specification is of the CPU's bits, wherever it runs
 
@@ -254,7 +255,8 @@ def test_a_model_that_works_in_place_harms_no_image():
     before = x.clone()
     pgd(model, x, y, 0.1)
     evaluate(model, x, y, ["linf 0.1"])
-    sam_step(model, x, y, sgd(model), 0.1)
+    sam_at.sharpness(model, x, y)
+    esam_step(model, x, y, sgd(model), 0.1)
     assert x.equal(before)
 
 IMAGES, LABELS = uniform(0, 3, 3, 8, 8), torch.arange(3)
@@ -269,6 +271,7 @@ IMAGES, LABELS = uniform(0, 3, 3, 8, 8), torch.arange(3)
     {"y": LABELS.int()},
     {"x": IMAGES * math.nan},
     {"x": 1.2 * IMAGES},
+    {"x": IMAGES.half()},
     {"x": IMAGES - 0.1},
 ])
 def test_pgd_refuses_what_makes_no_sense(wrong):
@@ -289,18 +292,14 @@ def test_robust_means_right_at_every_step(eps):
     assert x_adv.allclose(x + k.where(k <= 4, 4) * eps / 4)
 
 # == 2. Weight space ===================================================================================
-@given(seeds, st.floats(1e-4, 10), st.booleans())
+@given(seeds, st.floats(0, 10), st.booleans())
 def test_perturbed_restores_the_bits(seed, rho, fail):
-    """The block is at w + rho g/|g|, one norm over all weights; after it, and after an error in it, all is as before.
-    A weight without a gradient stays."""
+    """After the block, and after an error in it, all is as before. A weight without a gradient stays."""
     model, idle = tiny_net(seed), nn.Parameter(torch.zeros(2))
     gradient(model, *batch(4, seed))
     weights = list(model.parameters())
     before = all_of(model)
-    size = length(w.grad for w in weights)
     with raises(KeyError) if fail else nullcontext(), perturbed([idle, *weights], rho):
-        for w, old in zip(weights, before):
-            assert w.allclose(old + rho / size * w.grad, rtol=1e-4, atol=1e-6)
         assert not idle.any()
         if fail:
             raise KeyError
@@ -330,7 +329,7 @@ def test_sam_that_would_be_sgd_is_an_error(rho, weights):
 def torn(weights, grads, rho):
     return [1.0 + weights[0], torch.ones(7)]
 
-@mark.parametrize("ascend", [ascent, torn])
+@mark.parametrize("ascend", [ascent, torn, sam_at.refuse_update])
 def test_an_update_inside_the_block_is_an_error(ascend):
     """As is an ascent that fails half way. The weights are restored all the same."""
     model = tiny_net()
@@ -339,14 +338,6 @@ def test_an_update_inside_the_block_is_an_error(ascend):
     with raises(RuntimeError), perturbed(model, 0.1, ascend):
         sgd(model, 1e-4, fused=True).step()
     assert same_bits(before, weights_of(model))
-
-def test_a_graph_made_at_w_cannot_be_used_at_w_plus_v():
-    model = tiny_net()
-    x, y = batch(4)
-    loss = F.cross_entropy(model(x), y)
-    loss.backward(retain_graph=True)
-    with raises(RuntimeError, match="inplace"), perturbed(model, 0.1):
-        loss.backward()
 
 def test_autocasts_copies_of_the_weights_do_not_hide_the_move():
     net = tiny_net(norm=nn.Identity).net.float()  # all its layers are cast
@@ -409,8 +400,11 @@ def test_a_step_takes_its_passes_and_returns_the_loss_and_logits_of_its_first_gr
     model.register_forward_hook(lambda module, args, logits: seen.append(logits.detach()))
     loss, logits = step(model, x, y, sgd(model))
     assert len(seen) == passes
-    assert logits.equal(seen[first]) and not logits.requires_grad
-    assert loss.allclose(F.cross_entropy(logits, y)) and not loss.requires_grad
+    assert model.net[1].num_batches_tracked == 1
+    assert logits.equal(seen[first])
+    assert not logits.requires_grad
+    assert loss.allclose(F.cross_entropy(logits, y))
+    assert not loss.requires_grad
 
 def share_right(model, x, y):
     return float((model(x).argmax(1) == y).float().mean())
@@ -428,16 +422,6 @@ def test_the_steps_train_a_segmentation_network(step):
     assert share_right(model, x, y) > 0.9
     assert share_right(model, x_adv, y) < 0.3
 
-def test_sam_trains_a_text_classifier():
-    """Sentences of 6 tokens below 10 or from 10 on."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.EmbeddingBag(20, 8), nn.Linear(8, 2))
-    y = torch.arange(40) % 2
-    tokens = torch.randint(10, (40, 6)) + 10 * y[:, None]
-    for _ in range(30):
-        sam_step(model, tokens, y, sgd(model, lr=1.0), rho=0.05)
-    assert share_right(model, tokens, y) > 0.9
-
 # == 4. The networks ===================================================================================
 @mark.parametrize("name, parameters", [
     ("prn18", 11_172_170),
@@ -453,7 +437,7 @@ def test_the_networks_have_their_papers_size(name, parameters):
 @mark.parametrize("c_in, c_out, stride", [(3, 3, 1), (3, 5, 2), (4, 4, 2)])
 def test_a_preactivation_block_is_its_formula(c_in, c_out, stride):
     torch.manual_seed(0)
-    block = sam_at.PreActBlock(c_in, c_out, stride).eval()
+    block = sam_at.PreActBlock(c_in, c_out, stride)
     x = normal(0, 2, c_in, 8, 8)
     h = F.relu(block.bn1(x))
     branch = F.conv2d(h, block.conv1.weight, stride=stride, padding=1)
@@ -471,19 +455,23 @@ def test_normalisation_is_inside_and_bf16_for_training_alone():
     model.bf16 = True
     with torch.autocast("cpu", torch.bfloat16):
         assert model(x).equal(exact)
-    rounded, model.bf16 = model.train()(x), False
-    assert rounded.dtype == torch.float32 and not rounded.equal(model(x))
+    rounded = model.train()(x)
+    assert rounded.dtype == torch.float32
+    assert rounded.equal(rounded.bfloat16().float())
 
 def test_deit_tiny_runs_and_has_its_heads_and_initial_values():
     model = make_model("deit_ti", 10, width=48)
     assert model(uniform(0, 2, 3, 32, 32)).shape == (2, 10)
     assert model.net.encoder.layers[0].self_attention.num_heads == 3
+    assert model.net.heads.head.weight.std().item() == approx(0.02, rel=0.2)
     assert model.net.conv_proj.weight.std().item() == approx(1 / 6, rel=0.1)  # uniform within 1/sqrt 12
 
-def test_prn18_halves_the_image_three_times():
+def test_prn18_halves_the_image_three_times_and_ends_with_a_mean():
     net = make_model("prn18", 10, width=4).net
     for layers, size in (3, 32), (4, 16), (6, 8), (9, 4):
-        assert net[:layers](uniform(0, 2, 3, 32, 32)).shape[2] == size
+        h = net[:layers](uniform(0, 2, 3, 32, 32))
+        assert h.shape[2] == size
+    assert net[9:](h).allclose(net[-1](F.relu(net[9](h)).mean((2, 3))), atol=1e-5)
 
 # == 5. Data ===========================================================================================
 def tiny_data(n, seed=0, size=32):
@@ -543,11 +531,12 @@ def test_the_learning_rate_of_the_papers_recipe():
     assert group.items() >= dict(momentum=0.9, weight_decay=5e-4, nesterov=False).items()
 
 def test_a_row_of_training_holds_averages_over_images():
-    """Batches of 9, 9 and 2; a stand-in whose loss is the size of the batch, and which always says class 0."""
+    """Batches of 9, 9 and 2; a stand-in whose loss is the size of the batch, times
+    the epochs before, and which always says class 0."""
     def step(model, x, y, optimizer):
         assert model.training and optimizer.param_groups[0]["lr"] == 0.1
         optimizer.step()
-        return torch.tensor(float(len(y))), F.one_hot(0 * y, 3)
+        return torch.tensor(float(len(rows) * len(y))), F.one_hot(0 * y, 3)
     model = tiny_net()
     optimizer, schedule = make_optimizer(model, 0.1, 3)
     rows = []
@@ -570,7 +559,7 @@ def test_robust_accuracy_of_a_linear_model_is_the_closed_form(seed, norm, eps, b
     margin = score * (2 * y - 1)
     threshold = eps * float(w.abs().sum() if norm == "linf" else w.norm())
     assume((margin - threshold).abs().min() > 1e-4)
-    attacks = [f"{norm} {eps}", "linf 0"]
+    attacks = [f"{norm} {eps}", f"{norm} 0"]
     found = evaluate(linear(*w), x, y, attacks, steps=40, batch_size=batch_size)
     wanted = [100 * float((margin > least).double().mean()) for least in (0, threshold, 0)]
     assert list(found.values()) == approx(wanted)
@@ -607,13 +596,14 @@ def further(model, x, y, eps, norm="linf"):
     {"model": nn.Conv2d(3, 2, 1)},
     {"labels": LABELS + 1},
     {"labels": LABELS - 1},
-    {"labels": LABELS[:2]},
+    {"labels": LABELS[:2], "batch_size": 1},
+    {"labels": LABELS[:, None]},
     {"images": IMAGES - 0.5},
     {"restarts": 0},
     {"attacks": {"clean": sam_at.fgsm}},
-    {"attacks": {"mine": lambda model, x, y: x[:1]}},
-    {"attacks": {"mine": partial(further, eps=0.1)}},
-    {"attacks": {"mine": partial(further, eps=0.1, norm="l2")}},
+    {"attacks": {"mine": lambda model, x, y: x + 1}},
+    {"attacks": {"mine": partial(further, eps=0.001)}},
+    {"attacks": {"mine": partial(further, eps=0.001, norm="l2")}},
 ])
 def test_evaluate_refuses_what_makes_no_sense(wrong):
     model = tiny_net().eval()
@@ -680,7 +670,7 @@ def test_tiny_imagenet_as_it_unpacks(tmp_path):
 def test_cifar_is_torchvisions(name, monkeypatch):
     """A stand-in for its data set: images (N, 32, 32, 3), and labels in a list."""
     def load(directory, train, download):
-        if directory == "nowhere":
+        if directory == "nowhere" or not download:
             raise OSError("no network")
         return Namespace(data=images[int(train)].numpy(), targets=[int(train)] * 4, classes="abc")
     images = torch.randint(255, (2, 4, 32, 32, 3)).byte()
@@ -704,18 +694,13 @@ def test_the_demos_classes_can_be_told_and_its_test_images_are_others():
     found = torch.cdist(x_test, means).argmin(1)
     assert (found == data.y_test).float().mean() > 0.8
 
-def test_a_missing_library_is_named_with_its_pip_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+@mark.parametrize("error", [ImportError, RuntimeError])
+def test_a_missing_library_is_named_with_its_pip_command(error, monkeypatch):
+    monkeypatch.setattr("importlib.import_module", Mock(side_effect=error))
     with raises(BadInput, match="^pip install pyautoattack"):
         parse_attack("autoattack linf 8/255")
 
 # == 9. Attacks by name ================================================================================
-def test_an_attacks_name_holds_its_norm_and_radius():
-    assert radius("8/255") == 8 / 255
-    assert radius("0.03") == 0.03
-    attack = parse_attack("margin l2 7.9", 13)
-    assert attack.keywords.items() >= dict(eps=7.9, norm="l2", steps=13, stop_when_fooled=True).items()
-
 @mark.parametrize("text", [
     "", "linf", "l2 8", "fgsm 8", "l7 1/255", "linf -0.1", "margin 1/255"])
 def test_an_attack_that_no_name_fits_is_refused(text):
@@ -873,8 +858,9 @@ def test_rises_are_those_of_the_ascent_and_of_pgd():
     assert list(rises) == ["rho 0.05", "rho 0.1", "rho 0.2", *sam_at.ATTACKS]
     assert rises["rho 0.05"] == approx(0.05 * steepness, rel=0.15)
     assert rises["rho 0.2"] > 3 * rises["rho 0.05"]
-    assert rises["linf 1/255"] == approx(float(g.abs().sum()) / 255, rel=0.1)
-    assert rises["l2 16/255"] == approx(16 / 255 * float(g.norm(dim=1).sum()), rel=0.1)
+    for k in 1, 2:
+        assert rises[f"linf {k}/255"] == approx(k / 255 * float(g.abs().sum()), rel=0.1)
+        assert rises[f"l2 {16 * k}/255"] == approx(16 * k / 255 * float(g.norm(dim=1).sum()), rel=0.1)
 
 # == 13. The command line ==============================================================================
 def cli(*argv):
@@ -911,40 +897,46 @@ def seen(monkeypatch):
 
 def test_every_flag_arrives(seen):
     """Those of the methods are in the next test."""
-    flags = """--method sgd --dataset folder --data-dir pics --bf16 --model prn18 --width 5 --epochs 5 --batch-size 6
-        --compile --seed 11 --eval-steps 13 --restarts 3 --images 9 --runs elsewhere --device cpu"""
+    flags = """--method sgd --dataset tiny-imagenet --data-dir pics --bf16 --model prn18 --width 5 --epochs 5
+        --batch-size 6 --compile --seed 11 --eval-steps 13 --restarts 3 --images 9 --runs elsewhere --device cpu"""
     assert cli(*flags.split(), "--attacks", "fgsm 1/255", "l2 0.5")[0] == 0
-    assert seen.load_data[0][1:] == ("folder", "pics")
+    assert seen.load_data[0][1:] == ("tiny-imagenet", "pics")
     assert os.listdir() == ["elsewhere"]
+    assert not torch.backends.cudnn.allow_tf32
     _, compiled, data, _, optimizer, schedule, *sizes = seen.train[0]
     model, = compiled
-    assert model.net[0].out_channels == 5 and model.bf16
+    assert model.bf16
+    assert model.net[0].out_channels == 5
+    assert model.net[-1].out_features == 3
     assert model.mean.flatten().allclose((data.x / 255).mean((0, 2, 3)))
     assert model.std.flatten().allclose((data.x / 255).std((0, 2, 3)))
-    assert set(schedule.milestones) == {4, 5} and sizes == [5, 6]
+    assert set(schedule.milestones) == {4, 5}
+    assert sizes == [5, 6]
     for drawn, tested, images, labels, _, restarts in seen.right_images:
         assert drawn == float(uniform(11, 1))
-        assert tested is model and restarts == 3
+        assert tested is model
+        assert restarts == 3
         chosen = torch.arange(9) * 200 // 9  # evenly spaced
         assert images.equal(data.x_test[chosen]) and labels.equal(data.y_test[chosen])
     l2 = seen.right_images[2][4].keywords
-    assert l2["eps"] == 0.5 and l2["steps"] == 13
+    assert l2["eps"] == 0.5
+    assert l2["steps"] == 13
     assert seen.doubts[0][4:] == (["fgsm 1/255", "l2 0.5"], 13, 3)
 
 def test_every_method_is_the_step_of_its_name_with_all_its_settings(seen):
     sam = partial(sam_step, rho=0.2)
-    at = partial(at_step, eps=4 / 255, norm="l2", steps=3)
+    at = partial(at_step, eps=1.2, norm="l2", steps=3)
     wanted = {
         "sgd": sgd_step,
         "sam rho 0.2": sam,
         "asam rho 0.2": partial(sam, ascend=adaptive_ascent),
         "esam rho 0.2": partial(esam_step, rho=0.2),
-        "at l2 4_255 steps 3": at,
-        "sam+at rho 0.2 l2 4_255 steps 3": partial(at, step=sam),
-        "awp rho 0.2 l2 4_255 steps 3": partial(at, step=partial(sam, ascend=layerwise_ascent)),
+        "at l2 306_255 steps 3": at,
+        "sam+at rho 0.2 l2 306_255 steps 3": partial(at, step=sam),
+        "awp rho 0.2 l2 306_255 steps 3": partial(at, step=partial(sam, ascend=layerwise_ascent)),
     }
     methods = [label.split()[0] for label in wanted]
-    cli("--method", *methods, *"--rho 0.2 --eps 4/255 --norm l2 --attack-steps 3".split())
+    cli("--method", *methods, *"--rho 0.2 --eps 1.2 --norm l2 --attack-steps 3".split())
     for call, (label, step) in zip(seen.train, wanted.items(), strict=True):
         drawn, _, _, ours, *_ = call
         assert same_bits(after(ours), after(step))
@@ -961,6 +953,7 @@ def test_defaults(name, lr, decay, monkeypatch):
     assert same_bits(weights_of(model), weights_of(sam_at.build(s, 10)[0]))  # all methods start alike
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (lr, decay)
     assert not s.bf16
+    assert (s.batch_size, s.eval_steps) == (128, 10)
     assert parse_args(["--model", name, "--lr", "0.5"]).lr == 0.5
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert parse_args([]).bf16
@@ -970,7 +963,7 @@ BAD = [  # arguments > words of the message
     "--eps 8 > below 1",
     "--eps x > radius",
     "--eps 1/0 > radius",
-    "--attacks > attacks",
+    "--attacks linf > attack",
     "--method sma > sma",
     "--roh 1 > roh",
     "--epoch 1 > epoch",
@@ -990,7 +983,8 @@ BAD = [  # arguments > words of the message
 def test_bad_input_is_one_message_and_exit_code_2(case, quick):
     argv, says = case.split(" > ")
     code, out, err = cli(*QUICK, *argv.split())
-    assert code == 2 and says in err.splitlines()[-1]
+    assert code == 2
+    assert says in err.splitlines()[-1]
     assert "epoch" not in out and not list(Path().rglob("*.pt"))
 
 # == 14. More than one device ==========================================================================
@@ -1045,6 +1039,7 @@ sys.exit(sam_at.main())""", *flags, command=torchrun.split())
 
 def test_processes_count_only_where_torchrun_started_them_and_threads_soon_sleep():
     """RANK is a sweep's own variable, too. What the caller has set stays."""
+    assert subprocess.run([sys.executable, HERE / "sam_at.py", "--eps=8"]).returncode == 2
     body = "print(sam_at.RANK, sam_at.WORLD, os.environ['GOMP_SPINCOUNT'])"
     assert finish(body, RANK="2", WORLD_SIZE="9").split() == ["0", "1", "2000"]
     assert finish(body, RANK="", GOMP_SPINCOUNT="7").split() == ["0", "1", "7"]
@@ -1083,8 +1078,8 @@ sys.exit(sam_at.main())""", *QUICK, "--method", "sam+at", "--epochs", 40)
     assert record_of("whole")["figures"] == record_of()["figures"]
     assert len(record_of()["log"]) == 40
 
-DECIDES = """--seed 1;--batch-size 9;--lr 0.2;--epochs 3;--bf16;--compile;--width 3;--model prn18;--dataset cifar10;
---rho 0.151;--eps 2/255;--norm l2;--attack-steps 3;--method awp""".split(";")
+DECIDES = """--seed 1;--batch-size 9;--lr 0.2;--epochs 3;--bf16;--compile;--width 3;--model prn18;--dataset cifar100;
+--rho 0.151;--eps 1.0001/255;--norm l2;--attack-steps 3;--method awp""".split(";")
 
 def test_what_decides_the_weights_and_nothing_else_makes_another_run(seen, monkeypatch):
     def runs_after(*argv):
@@ -1113,13 +1108,13 @@ def test_a_finished_run_is_reported_and_another_measurement_is_another_record(qu
     with monkeypatch.context() as patch:
         patch.setattr(sam_at, "write_whole", None)  # nothing can be written
         assert table() == first
-    table("--sharpness", "--images=9")
+    table("--sharpness", "--images=99")
     others = ["--attacks=l2 0.5", "--eval-steps=2", "--restarts=2", "--images=7"]
     for other in others + others:
         table(other)
     records = [json.loads(path.read_text()) for path in Path("runs").glob("*/*.json")]
     assert len({record["table"] for record in records}) == 6
-    assert sorted(record["images"] for record in records) == [7, 9, 41, 41, 41, 41]
+    assert sorted(record["images"] for record in records) == [7, 41, 41, 41, 41, 41]
 
 def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
     out = cli(*QUICK, "--method", "sam", "--seed", 3, "--epochs", 3)[1]
@@ -1132,7 +1127,7 @@ def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
     assert (record["settings"]["method"], record["settings"]["seed"]) == ("sam", 3)
     assert record["log"][2]["code"] == record["code"] == sam_at.CODE != ""
     data = sam_at.demo_data()
-    model = make_model("small", 10, width=2)
+    model = make_model("small", 10, [[math.nan] * 3] * 2, 2)
     model.load_state_dict(state_of()["model"])
     torch.manual_seed(3)
     assert record["figures"] == evaluate(model, data.x_test, data.y_test, ["linf 2/255"], steps=1)
@@ -1156,8 +1151,9 @@ def test_a_damaged_file_is_named_and_kept(name, quick):
     for content in contents:
         path.write_bytes(content)
         code, out, err = cli(*QUICK)
-        assert code == 2 and err.count("\n") == 1 and str(path) in err
-        assert path.read_bytes() == content and "epoch 2" not in out
+        assert code == 2 and err.count("\n") == 1
+        assert str(path) in err and "epoch 2" not in out
+        assert path.read_bytes() == content
 
 def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, monkeypatch):
     def no_room(path, content):
@@ -1167,15 +1163,16 @@ def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, m
         raise KeyboardInterrupt
     def diverge(model, x, y, optimizer):
         optimizer.step()
-        return torch.tensor(math.inf), model(x)
+        return torch.tensor(math.nan), model(x)
     for place, name, fail, wanted in (
             (sam_at, "sgd_step", diverge, 2),
             (Path, "write_bytes", no_room, 2),
             (sam_at, "right_images", interrupt, 130)):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, fail)
-            code, _, err = cli(*QUICK)
+            code, out, err = cli(*QUICK)
         assert code == wanted and err.count("\n") == 1
+        assert ("epoch 1/2" in out) == (code == 130)
     out = cli(*QUICK)[1]
     assert "is trained up to epoch 2/2" in out and "epoch 1/2" not in out
 
@@ -1267,10 +1264,10 @@ def test_c1_is_judged_for_each_radius_and_wants_two_errors_to_spare():
 def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     """C2 is about every SAM, C3a about the best of those that are free."""
     sam = three("sam 1", clean, robust)
-    found = verdicts_of(*SGD, *AT5, *sam, *three("sam 2", 70, other))
+    found = verdicts_of(*SGD, *AT5, *sam, *three("sam 2", 70, other), *three("at 2", 50, 20, eps=2))
     assert (found["C2"], found["C3a"]) == (c2, c3a)
     found = verdicts_of(*SGD, *three("at 1", 79.95, 70, eps=1), *sam)  # no clear price
-    assert found["C2"] == "no"
+    assert found["C2"] == found["C3a"] == "no"
     sam[0]["right"]["b"] = AT5[0]["right"]["b"]  # no gain on SAM under this attack
     assert verdicts_of(*SGD, *AT5, *sam)["C2"] == "no"
 
@@ -1308,9 +1305,9 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set():
     pytest.importorskip("matplotlib")
     pets = [*SGD, *AT5, *three("sam 1", 80, 35)]
     cars = [{**record, "table": "cars main"} for record in SGD]
-    check = [{**record, "table": "pets check", "images": 8} for record in pets]
+    check = [{**record, "table": "pets check", "images": 8} for record in pets[1:]]
     vans = [{**record, "table": "vans without SGD"} for record in AT5]
-    text = report_of(*check, *pets, *cars, *vans, SGD[1])
+    text = report_of(*check, *cars, *pets, *vans, SGD[1])
     order = [
         "|  | pets | cars |",
         "| C1", "**yes** (sam 1) | open |",
@@ -1318,7 +1315,7 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set():
         "## Main result: pets", "| sgd", "| sam 1 | 3 | 80 | 35 | 35 | 35 | +0.0 ± 0.0 | +5.0 ± 0.3 |", "| at 1",
         "## Main result: cars",
         "## Check: vans",
-        "## Check: pets",
+        "## Check: pets", "| sgd | 2 | 100 |",
     ]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
