@@ -1272,13 +1272,13 @@ def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     assert verdicts_of(*SGD, *AT5, *sam)["C2"] == "no"
 
 @mark.parametrize("clean, robust, word", [
-    (78, 77, "above, by +35.0 ± 1.3"),
-    (78, 42, "on, by "),
-    (78, 42.6, "on, by "),
-    (78, 41.4, "on, by "),
-    (78, 35, "below, by -7.0"),
-    (60, 70, "above, by +4.0"),
-    (90, 40, "above, by +10.0"),
+    (78, 77, "above: +35.0 ± 1.3"),
+    (78, 42, "on: "),
+    (78, 42.6, "on: "),
+    (78, 41.4, "on: "),
+    (78, 35, "below: -7.0"),
+    (60, 70, "above: +4.0"),
+    (90, 40, "above: +10.0"),
 ])
 @mark.parametrize("claim, steps", [("C3b", 5), ("C6", 1)])
 def test_c3b_and_c6_are_about_price(clean, robust, word, claim, steps):
