@@ -36,10 +36,11 @@ first row, SGD where it was run, in points; ± is one standard error, over image
 crosses in the pictures are the gains' errors. 'No': a part of the claim is not shown. The best SAM is the most robust of
 those that C1 finds free, if any, else of all. C3b and C6 compare it with a curve from SGD over the radii of AT that they
 name: where that is one radius they say little, and beyond the curve's ends the nearest row, be it SGD, stands for it.
-'Rise of the loss': how much higher it is, in nats, after SAM's step of length rho, or under an attack. Gradients a step: SGD
-1, SAM 2, AT 1 and its attack's steps; seconds: `results/costs.txt`. PGD-10 is not the strongest attack: what PGD-50 takes
-from 200 images is in the records (`stronger`). The demo is synthetic, made to show the effect: an illustration.
-`results/former.jsonl` keeps earlier records: of a JPEG copy of CIFAR-10, of a tenth of its own images, and of former demos.
+'Rise of the loss': how much higher it is, in nats, after SAM's step of length rho, or under an attack; ranks are those at
+rho 0.1 and at linf 1/255. Gradients a step: SGD 1, SAM 2, AT 1 and its attack's steps; seconds: `results/costs.txt`. PGD-10
+is not the strongest attack: what PGD-50 takes from 200 images is in the records (`stronger`). The demo is synthetic, made
+to show the effect: an illustration. `results/former.jsonl` keeps earlier records: of a JPEG copy of CIFAR-10, of a tenth of
+its own images, and of former demos.
 """
 
 def family(row):
@@ -175,7 +176,7 @@ def correlation(rows):
 def picture(name, table, x, y):
     """One column over another: a point for each row, with the errors of its gain. Those of a family are joined."""
     from matplotlib.figure import Figure
-    axes = Figure().subplots()
+    axes = Figure((8, 7)).subplots()
     axes.set(xlabel=f"{name}: {x}", ylabel=f"{name}: {y}")
     for _, rows in groupby(table, family):
         crosses = []
@@ -184,7 +185,7 @@ def picture(name, table, x, y):
             for column in x, y:
                 cross += figure(row, column), gain(row[column], table[0][column])[1]
             crosses.append(cross)
-            axes.annotate(f"  {row.label}", cross[::2], rotation=30)
+            axes.annotate(f"  {row.label}\n", cross[::2])
         xs, x_errors, ys, y_errors = zip(*crosses)
         axes.errorbar(xs, ys, y_errors, x_errors, "o-")
     axes.figure.savefig(f"results/{name}.png", bbox_inches="tight")
@@ -209,8 +210,7 @@ def main():
             plain = [row for row in table if len(family(row)) == 1]
             if len(plain) > 2:
                 pictures[f"{source}-rise-of-the-loss"] = table, "rho 0.1", "linf 1/255"
-                link = f"\nRank correlation of rho 0.1 and linf 1/255: {correlation(table):+.2f}; " \
-                       f"without AT {correlation(plain):+.2f}."
+                link = f"\nCorrelation of the ranks: {correlation(table):+.2f}; without AT {correlation(plain):+.2f}."
         elif table[0].method == "sgd" and source not in found:
             what, found[source] = "Main result", verdicts(*table)
             pictures[source] = table, "under attack", "clean"
