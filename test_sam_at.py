@@ -559,7 +559,7 @@ def test_every_attack_has_each_of_its_starts():
         return wrong.double() - 0.5 + 0 * x.sum(IMAGE)
     x = torch.full((400, 1, 1, 1), 0.5)
     y = torch.zeros(400).long()
-    for restarts in 1, 2, 4:
+    for restarts in 1, 4:
         found = evaluate(Scored(score), x, y, ["linf 0.02"], restarts=restarts)
         assert found["linf 0.02"] == approx(100 * (2 / 3) ** restarts, abs=10)
     torch.manual_seed(3)
@@ -945,7 +945,7 @@ def test_defaults(name, lr, decay, monkeypatch):
     assert same_bits(weights_of(model), weights_of(sam_at.build(s, 10)[0]))  # all methods start alike
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (lr, decay)
     assert not s.bf16
-    assert (s.batch_size, s.eval_steps) == (128, 10)
+    assert (s.batch_size, s.eval_steps, s.epochs) == (128, 10, 10)
     assert parse_args(["--model", name, "--lr", "0.5"]).lr == 0.5
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert parse_args([]).bf16
@@ -1271,7 +1271,7 @@ def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     found = verdicts_of(*SGD, *three("at 1", 79.95, 70, eps=1), *sam)  # no clear price
     assert found["C2"] == found["C3a"] == "no"
     sam[0]["right"]["b"] = AT5[0]["right"]["b"]  # no gain on SAM under this attack
-    assert verdicts_of(*SGD, *AT5, *sam)["C2"] == "no"
+    assert verdicts_of(*SGD, *AT5, *sam[:2])["C2"] == "open, so far no"
 
 @mark.parametrize("clean, robust, word", [
     (78, 77, "above: +35.0 ± 1.3"),
@@ -1305,7 +1305,7 @@ def report_of(*records):
 
 def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set():
     pytest.importorskip("matplotlib")
-    pets = [*SGD, *AT5, *three("sam 1", 80, 35)]
+    pets = [*SGD, *AT5, *three("sam 1", 80, 35.125)]
     cars = [{**record, "table": "cars main"} for record in SGD]
     check = [{**record, "table": "pets check", "images": 8} for record in pets[1:]]
     vans = [{**record, "table": "vans without SGD"} for record in AT5]
@@ -1314,7 +1314,7 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set():
         "|  | pets | cars |",
         "| C1", "**yes** (sam 1) | open |",
         "pets.png",
-        "## Main result: pets", "| sgd", "| sam 1 | 3 | 80 | 35 | 35 | 35 | +0.0 ± 0.0 | +5.0 ± 0.3 |", "| at 1",
+        "## Main result: pets", "| sgd", "| sam 1 | 3 | 80 | 35.12 | 35.12 | 35.12 | +0.0 ± 0.0 | +5.1 ± 0.3 |", "| at 1",
         "## Main result: cars",
         "## Check: vans",
         "## Check: pets", "| sgd | 2 | 100 |",
