@@ -825,7 +825,7 @@ def run(method, s, data):
     images, labels = evenly_spaced(count, data.x_test, data.y_test)
     what = "rise of the loss" if s.sharpness else f"{', '.join(s.attacks)}, {s.eval_steps} steps, {s.restarts} starts"
     title = (f"{data.source} ({training['data']}), {s.model} width {s.width or 'as usual'}, {s.epochs} epochs, "
-             f"lr {s.lr:g}, batch {s.batch_size}; {len(images)} test images, {what}")
+             f"lr {s.lr:g}, batch {s.batch_size}{', bfloat16' * s.bf16}; {len(images)} test images, {what}")
     name = f"{data.source} {s.model} {label} seed {s.seed} {sha256(json.dumps(training).encode())}".replace("/", "_")
     folder = Path(s.runs, name)
     folder.mkdir(parents=True, exist_ok=True)

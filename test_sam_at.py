@@ -866,7 +866,8 @@ def cli(*argv):
             code = stop.code
     return code, out.getvalue(), err.getvalue()
 
-QUICK = "--method sgd --width 2 --epochs 2 --batch-size 16 --attacks".split() + ["linf 2/255", "--eval-steps", 1]
+QUICK = "--method sgd --width 2 --epochs 2 --batch-size 16 --no-bf16 --attacks".split()
+QUICK += ["linf 2/255", "--eval-steps", 1]
 
 @fixture
 def quick(monkeypatch):
@@ -1110,11 +1111,11 @@ def test_a_finished_run_is_reported_and_another_measurement_is_another_record(qu
     assert sorted(record["images"] for record in records) == [7] + 5 * [41]
 
 def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
-    out = cli(*QUICK, "--method", "sam", "--seed", 3, "--epochs", 3)[1]
+    out = cli(*QUICK, *"--method sam --seed 3 --epochs 3 --bf16".split())[1]
     record = record_of()
     assert record["label"] == "sam rho 0.15"
     assert record["table"] == (
-        f"demo ({record['settings']['data']}), small width 2, 3 epochs, lr 0.1, batch 16; "
+        f"demo ({record['settings']['data']}), small width 2, 3 epochs, lr 0.1, batch 16, bfloat16; "
         "41 test images, linf 2/255, 1 steps, 1 starts")
     assert record.keys() >= {"torch", "threads", "machine"}
     assert (record["settings"]["method"], record["settings"]["seed"]) == ("sam", 3)
@@ -1314,7 +1315,8 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set():
         "|  | pets | cars |",
         "| C1", "**yes** (sam 1) | open |",
         "pets.png",
-        "## Main result: pets", "| sgd", "| sam 1 | 3 | 80 | 35.12 | 35.12 | 35.12 | +0.0 ± 0.0 | +5.1 ± 0.3 |", "| at 1",
+        "## Main result: pets", "| sgd",
+        "| sam 1 | 3 | 80 | 35.12 | 35.12 | 35.12 | +0.0 ± 0.0 | +5.1 ± 0.3 |", "| at 1",
         "## Main result: cars",
         "## Check: vans",
         "## Check: pets", "| sgd | 2 | 100 |",
