@@ -32,15 +32,16 @@ CLAIMS = {
 HEAD = """# Results
 
 Written by `results/report.py`, which states the rules. 'Under attack' is the mean of the attacks. Gains are on a table's
-first row, SGD where it was run, in points; ± is one standard error, over images and seeds (of one seed: over images);
-crosses in the pictures are the gains' errors. 'No': a part of the claim is not shown. The best SAM is the most robust of
-those that C1 finds free, if any, else of all. C3b and C6 compare it with a curve from SGD over the radii of AT that they
-name: where that is one radius they say little, and beyond the curve's ends the nearest row, be it SGD, stands for it.
-'Rise of the loss': how much higher it is, in nats, after SAM's step of length rho, or under an attack; ranks are those at
-rho 0.1 and at linf 1/255. Gradients a step: SGD 1, SAM 2, AT 1 and its attack's steps; seconds: `results/costs.txt`. PGD-10
-is not the strongest attack: what PGD-50 takes from 200 images is in the records (`stronger`). The demo is synthetic, made
-to show the effect: an illustration. `results/former.jsonl` keeps earlier records: of a JPEG copy of CIFAR-10, of a tenth of
-its own images, and of former demos.
+first row, SGD where it was run, in points; ± is one standard error, over images and seeds (of one seed: over images); bars
+in the pictures are the gains' errors, so SGD has none. 'No': a part of the claim is not shown. The best SAM is the most
+robust of those that C1 finds free, if any, else of all. C3b and C6 compare it with a curve from SGD over the radii of AT
+that they name ('on': within two errors); one radius says little, and beyond the curve's ends the nearest row, be it SGD,
+stands for it. C4, the simplified model, is section 11 of `sam_at.py` and of its tests. 'Rise of the loss': how much higher
+it is, in nats, after SAM's step of length rho, or under an attack; ranks are those at rho 0.1 and at linf 1/255. Gradients
+a step: SGD 1, SAM 2, AT 1 and its attack's steps; seconds: `results/costs.txt`. PGD-10 is not the strongest attack: what
+PGD-50 takes from 200 images is in the records (`stronger`). The demo is synthetic, made to show the effect: an
+illustration. `results/former.jsonl` keeps earlier records: of a JPEG copy of CIFAR-10, of a tenth of its own images, and of
+former demos.
 """
 
 def family(row):
