@@ -152,8 +152,7 @@ def verdicts(sgd, *rows):
 
 def markdown(head, lines):
     """A table, of lists of cells."""
-    lines = [head, ["---"] * len(head), *lines]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
 
 def lines_of(table):
     """Figures are means over seeds; gains are on the first row."""
@@ -205,22 +204,22 @@ def main():
     found, pictures, body = {}, {}, []
     for title, records in sorted(titles.items(), key=lambda item: -len(item[1]) * item[1][0]["images"]):
         table, source = table_of(records), title.split()[0]
-        what, link = "Check", ""
+        what = "Check"
         if "clean" not in table[0]:
             what = "Flatness"
             plain = [row for row in table if len(family(row)) == 1]
             if len(plain) > 2:
                 pictures[f"{source}-rise-of-the-loss"] = table, "rho 0.1", "linf 1/255"
-                link = f"\nCorrelation of the ranks: {correlation(table):+.2f}; without AT {correlation(plain):+.2f}."
+                title += f"\n\nCorrelation of the ranks: {correlation(table):+.2f}; without AT {correlation(plain):+.2f}."
         elif table[0].method == "sgd" and source not in found:
             what, found[source] = "Main result", verdicts(*table)
             pictures[source] = table, "under attack", "clean"
-        body += [f"\n## {what}: {source}\n\n{title}\n", *lines_of(table), link]
+        body += [f"\n## {what}: {source}\n\n{title}\n", *lines_of(table)]
     claims = [[f"{claim}. {meaning}"] + [verdict.get(claim, "open") for verdict in found.values()]
               for claim, meaning in CLAIMS.items()]
     shown = (f"\n![{name}](results/{name}.png)" for name in pictures)
-    body = [HEAD, *markdown(["", *found], claims), *shown, *body]
-    Path("RESULTS.md").write_text("\n".join(body), "utf-8")
+    top = [HEAD, *markdown(["", *found], claims), *shown]
+    Path("RESULTS.md").write_text("\n".join(top + body), "utf-8")
     try:
         for name, drawn in pictures.items():
             picture(name, *drawn)
