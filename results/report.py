@@ -122,7 +122,7 @@ def height(row, curve):
     return gain(score(row), there)
 
 def verdicts(sgd, *rows):
-    """{claim: verdict}, of those claims that the rows say something on."""
+    """{claim: verdict}; no verdict, or an empty one, where the rows say nothing."""
     sams = [row for row in rows if row.method == "sam"]
     ats = [row for row in rows if row.method == "at"]
     found = {}
@@ -135,8 +135,7 @@ def verdicts(sgd, *rows):
         return f"**{verdict}** ({', '.join(row.label for row in rows)})"
 
     for claim, tried in ("C1", sams), ("C5", [row for row in rows if row.method in ("asam", "esam")]):
-        if tried:
-            found[claim] = "; ".join(judge(free(row, sgd), row) for row in tried)
+        found[claim] = "; ".join(judge(free(row, sgd), row) for row in tried)
     if sams and ats:
         sam = max([row for row in sams if free(row, sgd)] or sams, key=figure)
         at = max(ats, key=figure)
@@ -176,19 +175,17 @@ def correlation(rows):
 def picture(name, table, x, y):
     """One column over another: a point for each row, with the errors of its gain. Those of a family are joined."""
     from matplotlib.figure import Figure
-    axes = Figure((8, 7)).subplots()
+    axes = Figure((12, 7)).subplots()
     axes.set(title=name, xlabel=x, ylabel=y)
     axes.margins(0.2)  # for the labels
     for _, rows in groupby(table, family):
         crosses = []
         for row in rows:
-            cross = []
-            for column in x, y:
-                cross += figure(row, column), gain(row[column], table[0][column])[1]
-            crosses.append(cross)
-            axes.annotate(f"  {row.label}\n", cross[::2])
-        xs, x_errors, ys, y_errors = zip(*crosses)
-        axes.errorbar(xs, ys, y_errors, x_errors, "o-")
+            place = [figure(row, column) for column in (x, y)]
+            errors = [gain(row[column], table[0][column])[1] for column in (y, x)]
+            axes.annotate(f"  {row.label}  \n", place, ha="left" if crosses else "right")  # the first beside the rest
+            crosses.append(place + errors)  # in the order of errorbar's arguments
+        axes.errorbar(*zip(*crosses), "o-")
     axes.figure.savefig(f"results/{name}.png", bbox_inches="tight")
 
 def main():
@@ -196,7 +193,7 @@ def main():
     lines = stored.read_text().splitlines()
     lines += [path.read_text() for path in Path().glob("runs/*/*.json")]
     lines = dict.fromkeys(lines)  # each once
-    part = stored.with_suffix(".part")
+    part = Path("results/records.part")
     part.write_text("\n".join([*lines, ""]))
     part.replace(stored)
     titles = {}
@@ -216,7 +213,7 @@ def main():
             what, found[source] = "Main result", verdicts(*table)
             pictures[source] = table, "under attack", "clean"
         body += [f"\n## {what}: {source}\n\n{title}\n", *lines_of(table)]
-    claims = [[f"{claim}. {meaning}"] + [verdict.get(claim, "open") for verdict in found.values()]
+    claims = [[f"{claim}. {meaning}"] + [verdict.get(claim) or "open" for verdict in found.values()]
               for claim, meaning in CLAIMS.items()]
     shown = (f"\n![{name}](results/{name}.png)" for name in pictures)
     top = [HEAD, *markdown(["", *found], claims), *shown]
