@@ -122,7 +122,7 @@ def height(row, curve):
     return gain(score(row), there)
 
 def verdicts(sgd, *rows):
-    """{claim: verdict}; no verdict, or an empty one, where the rows say nothing."""
+    """{claim: verdict}, of those claims that the rows say something on."""
     sams = [row for row in rows if row.method == "sam"]
     ats = [row for row in rows if row.method == "at"]
     found = {}
@@ -135,7 +135,8 @@ def verdicts(sgd, *rows):
         return f"**{verdict}** ({', '.join(row.label for row in rows)})"
 
     for claim, tried in ("C1", sams), ("C5", [row for row in rows if row.method in ("asam", "esam")]):
-        found[claim] = "; ".join(judge(free(row, sgd), row) for row in tried)
+        if tried:
+            found[claim] = "; ".join(judge(free(row, sgd), row) for row in tried)
     if sams and ats:
         sam = max([row for row in sams if free(row, sgd)] or sams, key=figure)
         at = max(ats, key=figure)
@@ -213,7 +214,7 @@ def main():
             what, found[source] = "Main result", verdicts(*table)
             pictures[source] = table, "under attack", "clean"
         body += [f"\n## {what}: {source}\n\n{title}\n", *lines_of(table)]
-    claims = [[f"{claim}. {meaning}"] + [verdict.get(claim) or "open" for verdict in found.values()]
+    claims = [[f"{claim}. {meaning}"] + [verdict.get(claim, "open") for verdict in found.values()]
               for claim, meaning in CLAIMS.items()]
     shown = (f"\n![{name}](results/{name}.png)" for name in pictures)
     top = [HEAD, *markdown(["", *found], claims), *shown]
