@@ -24,6 +24,7 @@ import io
 import json
 import math
 import os
+import pickle
 import sys
 import time
 import zipfile
@@ -370,7 +371,7 @@ def right_images(model, images, labels, attack=None, restarts=1, batch_size=500)
 # A first reading ends here.
 # == 8. Where the data comes from =========================================================================
 OUTSIDE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, SyntaxError, RuntimeError,
-           zipfile.BadZipFile)
+           zipfile.BadZipFile, pickle.UnpicklingError)
 @contextmanager
 def as_bad_input(what):
     """Inside the block, what goes wrong outside this program is BadInput: what, and the error's first line."""
@@ -531,8 +532,7 @@ def evenly_spaced(n, images, labels):
 
 @torch.no_grad()
 def doubts(model, images, labels, names, steps=10, restarts=1):
-    """Reasons to doubt an evaluation, each with its percent of 200 of the images (Carlini et al. 2019): faults, then
-    what more steps or another loss take from each PGD."""
+    """Reasons to doubt an evaluation (Carlini et al. 2019), in percent of 200 images: faults; what more PGD takes."""
     x, y = evenly_spaced(200, pixels(images), labels)
     with restored(model):
         model.eval()
@@ -741,7 +741,7 @@ def start_processes(device):
     distributed.init_process_group("gloo" if device == "cpu" else "nccl")
     atexit.register(distributed.destroy_process_group)
     register_optimizer_step_pre_hook(average_gradients)
-    if RANK > 0:
+    if RANK:
         sys.stdout = open(os.devnull, "w")
 
 # == 15. Runs: a folder each, with checkpoint.pt and a record (.json) for each way of measuring it =========
@@ -775,7 +775,7 @@ def train_or_resume(s, data, label, step, checkpoint):
     log = []
     if checkpoint.exists():
         with as_bad_input(f"{checkpoint} is damaged, or another program's: move it away"):
-            if zipfile.ZipFile(checkpoint).testzip() is not None:
+            if zipfile.ZipFile(checkpoint).testzip():
                 raise ValueError("a checksum is wrong")
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             for name, part in parts.items():

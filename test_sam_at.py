@@ -106,8 +106,7 @@ def test_running_statistics_see_each_batch_once():
     """Momentum 0.1 from 0: after one batch of mean 1/2 the running mean is 0.05, with SAM, too."""
     model = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 2))
     x = torch.tensor([[0.2], [0.8]])
-    y = torch.tensor([0, 1])
-    sam_step(model, x, y, sgd(model), rho=1.0)
+    sam_step(model, x, torch.arange(2), sgd(model), rho=1.0)
     assert model[0].running_mean.item() == approx(0.05)
 
 def test_robust_accuracy_of_three_images():
@@ -195,7 +194,7 @@ def test_random_starts_fill_the_ball(norm):
     x = torch.full((400, 3, 4, 4), 0.5)
     delta = pgd(tiny_net(), x, torch.arange(400) % 3, 0.1, norm, steps=0) - x
     sizes = delta.abs() if norm == "linf" else size_of(delta, norm)
-    quarters = torch.tensor([0.25, 0.5, 0.75, 1])
+    quarters = torch.arange(1, 5) / 4
     assert sizes.flatten().quantile(quarters).allclose(0.1 * quarters, atol=0.01)
     assert abs(delta.mean()) < 0.005
 
@@ -270,7 +269,7 @@ IMAGES, LABELS = uniform(0, 3, 3, 8, 8), torch.arange(3)
 def test_pgd_refuses_what_makes_no_sense(wrong):
     sound = {"x": IMAGES, "y": LABELS, "eps": 0.1}
     with raises(BadInput):
-        pgd(tiny_net(), **{**sound, **wrong})
+        pgd(tiny_net(), **(sound | wrong))
 
 @given(st.floats(0.01, 0.1))
 def test_robust_means_right_at_every_step(eps):
@@ -290,9 +289,8 @@ def test_perturbed_restores_the_bits(seed, rho, fail):
     """After the block, and after an error in it, all is as before. A weight without a gradient stays."""
     model, idle = tiny_net(seed), nn.Parameter(torch.zeros(2))
     gradient(model, *batch(4, seed))
-    weights = list(model.parameters())
     before = all_of(model)
-    with raises(KeyError) if fail else nullcontext(), perturbed([idle, *weights], rho):
+    with raises(KeyError) if fail else nullcontext(), perturbed([idle, *model.parameters()], rho):
         assert not idle.any()
         if fail:
             raise KeyError
@@ -602,7 +600,7 @@ def test_evaluate_refuses_what_makes_no_sense(wrong):
     labels = model(IMAGES).argmax(1)  # all are right, so all are attacked
     sound = {"model": model, "images": IMAGES, "labels": labels, "attacks": ()}
     with raises(BadInput):
-        evaluate(**{**sound, **wrong})
+        evaluate(**(sound | wrong))
 
 @mark.parametrize("f", [lambda z: -1 / z, lambda z: (0.1 - z).log()])
 def test_logits_that_are_not_finite_are_an_error(f):
@@ -1142,6 +1140,8 @@ def test_a_damaged_file_is_named_and_kept(name, quick):
         only("*.json").unlink()
         for i in whole.index(b"net.0.weight"), len(whole) // 2:
             contents.append(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1:])
+        torch.save(Namespace(), path)  # another program's
+        contents.append(path.read_bytes())
     for content in contents:
         path.write_bytes(content)
         code, out, err = cli(*QUICK)
