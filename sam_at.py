@@ -24,7 +24,6 @@ import io
 import json
 import math
 import os
-import pickle
 import sys
 import time
 import zipfile
@@ -370,15 +369,13 @@ def right_images(model, images, labels, attack=None, restarts=1, batch_size=500)
 
 # A first reading ends here.
 # == 8. Where the data comes from =========================================================================
-OUTSIDE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, SyntaxError, RuntimeError,
-           zipfile.BadZipFile, pickle.UnpicklingError)
 @contextmanager
 def as_bad_input(what):
-    """Inside the block, what goes wrong outside this program is BadInput: what, and the error's first line."""
+    """What goes wrong in the block is BadInput: what, and the error's first line."""
     try:
         yield
-    except OUTSIDE as error:
-        raise BadInput(f"{what} ({(str(error) or repr(error)).splitlines()[0]})") from None
+    except Exception as error:
+        raise BadInput(f"{what} ({(str(error) or repr(error)).splitlines()[0]})") from error
 
 def imported(name):
     """A module that may be missing. Then BadInput says how to get it."""
@@ -741,7 +738,7 @@ def start_processes(device):
     distributed.init_process_group("gloo" if device == "cpu" else "nccl")
     atexit.register(distributed.destroy_process_group)
     register_optimizer_step_pre_hook(average_gradients)
-    if RANK:
+    if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
 # == 15. Runs: a folder each, with checkpoint.pt and a record (.json) for each way of measuring it =========
@@ -775,7 +772,7 @@ def train_or_resume(s, data, label, step, checkpoint):
     log = []
     if checkpoint.exists():
         with as_bad_input(f"{checkpoint} is damaged, or another program's: move it away"):
-            if zipfile.ZipFile(checkpoint).testzip():
+            if zipfile.ZipFile(checkpoint).testzip() is not None:
                 raise ValueError("a checksum is wrong")
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             for name, part in parts.items():
