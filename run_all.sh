@@ -15,10 +15,14 @@ l2="16 32 64 128"
 place=. seeds="0 1 2" networks="wrn28_10 deit_ti"
 common="--model prn18 --epochs 100 --compile --runs runs"
 targets=("--dataset cifar10" "--dataset cifar100")
-if [ -n "${TINY_IMAGENET-}" ]; then targets+=("--dataset tiny-imagenet --data-dir $TINY_IMAGENET"); fi
+case ${TINY_IMAGENET-} in
+  "") ;;
+  *[!A-Za-z0-9/._-]*) echo "run_all.sh: TINY_IMAGENET: only letters, digits and / . _ -, please" >&2; exit 2 ;;
+  *) targets+=("--dataset tiny-imagenet --data-dir $TINY_IMAGENET") ;;
+esac
 case ${1-} in
   --quick)
-    place=trial seeds=0 networks="" targets=("--dataset demo")
+    place=./trial seeds=0 networks="" targets=("--dataset demo")
     common="--epochs 1 --eval-steps 1 --images 50 --runs trial/runs" ;;
   --dry-run | "") ;;
   *) echo "run_all.sh: there are --quick and --dry-run, not $1" >&2; exit 2 ;;

@@ -172,10 +172,10 @@ def perturbed(model, rho, ascend=ascent):
     if not moved:
         raise BadInput(f"none of {len(weights)} weights has a gradient: backward() first, then a network or a list")
     before = [w.detach().clone() for w in moved]
-    moves = ascend(before, [w.grad for w in moved], rho)
     guard = register_optimizer_step_pre_hook(refuse_update)
     try:
         with torch.no_grad():
+            moves = ascend(moved, [w.grad for w in moved], rho)
             for w, v in zip(moved, moves):
                 w.add_(v)  # in place, so that torch refuses a graph that was made at w
         torch.clear_autocast_cache()  # autocast may hold copies of w
@@ -446,7 +446,7 @@ def load_folder(directory):
 def load_data(name, directory):
     if name == "demo":
         return demo_data()
-    return load_cifar(name, directory) if name.startswith("cifar") else load_folder(directory)
+    return load_cifar(name, directory) if name in ("cifar10", "cifar100") else load_folder(directory)
 
 # == 9. Attacks by name, and what to think of them ========================================================
 ATTACKS = ("linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255")  # PGD-10, as in [1, 2]
@@ -512,10 +512,10 @@ def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch
     """Accuracy in percent: {"clean": .., name of an attack: .., ...}.  attacks: names, or {name: function}.
     images: uint8, or float pixels in [0,1], (N, 3, H, W), on the model's device; labels: (N,). An image is robust if
     it is right and stays so at every step of PGD from each of its starts. Raises BadInput, or FloatingPointError."""
-    if len(images) != len(labels) or restarts < 1 or "clean" in attacks:
-        raise BadInput(f"{len(images)} images, {len(labels)} labels, {restarts} restarts, attacks {[*attacks]}")
     if not isinstance(attacks, dict):
         attacks = {name: parse_attack(name, steps) for name in attacks}
+    if len(images) != len(labels) or restarts < 1 or steps < 1 or "clean" in attacks:
+        raise BadInput(f"{len(images)} images, {len(labels)} labels, {restarts} x {steps} steps, {[*attacks]}")
     figures = {"clean": percent(right_images(model, images, labels, batch_size=batch_size))}
     for name, attack in attacks.items():
         figures[name] = percent(right_images(model, images, labels, checked(attack), restarts, batch_size))
@@ -623,7 +623,7 @@ def make_model(name, classes, mean_std=CIFAR10, width=None):
 # == 12. The duality, measured: does flat around the weights go with flat around the inputs? ==============
 def sharpness(model, x, y):
     """How far the mean loss rises at SAM's ascent of length rho, and under PGD-10, in eval mode:
-    {"rho 0.1": nats, .., "linf 1/255": nats, ..}.  x: float pixels."""
+    {"rho 0.1": nats, .., "linf 1/255": nats, ..}.  x: float pixels. Leaves gradients on the weights."""
     def rise(x):
         with torch.no_grad():
             return float(F.cross_entropy(model(x.clone()), y) - loss)
@@ -738,7 +738,7 @@ def start_processes(device):
     distributed.init_process_group("gloo" if device == "cpu" else "nccl")
     atexit.register(distributed.destroy_process_group)
     register_optimizer_step_pre_hook(average_gradients)
-    if RANK > 0:
+    if RANK:
         sys.stdout = open(os.devnull, "w")
 
 # == 15. Runs: a folder each, with checkpoint.pt and a record (.json) for each way of measuring it =========
@@ -885,7 +885,9 @@ def main(argv=None):
     try:
         perform(parse_args(argv))
         return 0
-    except (BadInput, ArithmeticError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (BadInput, ArithmeticError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's word for a lack of memory
+            raise
         message, code = str(error).partition("\n")[0] or "out of memory", 2
     except KeyboardInterrupt:
         message, code = "interrupted; the same command goes on", 130
@@ -893,5 +895,5 @@ def main(argv=None):
     return code
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     sys.exit(main())

@@ -194,12 +194,12 @@ def main():
     lines = stored.read_text().splitlines()
     lines += [path.read_text() for path in Path().glob("runs/*/*.json")]
     lines = dict.fromkeys(lines)  # each once
-    part = Path("results/records.part")
-    part.write_text("\n".join([*lines, ""]))
-    part.replace(stored)
     titles = {}
     for record in map(json.loads, lines):
         titles.setdefault(record["table"], []).append(record)
+    part = Path("results/records.part")  # not before all can be read
+    part.write_text("\n".join([*lines, ""]))
+    part.replace(stored)
     found, pictures, body = {}, {}, []
     for title, records in sorted(titles.items(), key=lambda item: -len(item[1]) * item[1][0]["images"]):
         table, source = table_of(records), title.split()[0]
