@@ -61,17 +61,17 @@ def loss_of(f, w):
     return Scored(lambda x, w: f(w).expm1().log().expand(len(x)), w)
 
 def sgd(model, lr=0.1, **options):
-    return torch.optim.SGD(model.parameters(), lr=lr, **options)
+    return torch.optim.SGD(model.parameters(), lr, **options)
 
 IMAGE = 1, 2, 3  # x.sum(IMAGE): of each image
-ZERO, ONE = torch.tensor([0]), torch.tensor([1])
-GREY = torch.full((1, 3, 2, 2), 0.5)
+ZERO, ONE = torch.arange(2).split(1)
+GREY = torch.ones(1, 3, 2, 2) / 2
 
 # == Six worked by hand ================================================================================
 def test_sam_on_a_parabola():
     """Loss 1 + w^2/2 at w = 3: the gradient is 3, so rho 1 leads to 4; its gradient 4 is applied at 3."""
     model = loss_of(lambda w: 1 + w.square().sum() / 2, [3.0])
-    sam_step(model, GREY, ZERO, sgd(model, lr=0.1), rho=1.0)
+    sam_step(model, GREY, ZERO, sgd(model), rho=1.0)
     assert model.w.item() == approx(3 - 0.1 * 4)
 
 @torch.no_grad()  # pgd takes its gradients there, too
@@ -99,7 +99,7 @@ def test_at_takes_the_gradient_at_the_attacked_image():
     has the gradient -0.2/(1 + e^z), z = 2 * 0.2."""
     model = linear(2.0)
     x = torch.tensor([[0.8]])
-    at_step(model, x, ONE, sgd(model, lr=1.0), eps=0.1, steps=8)
+    at_step(model, x, ONE, sgd(model, 1.0), eps=0.1, steps=8)
     assert model.w.item() == approx(2 + 0.2 / (1 + math.exp(0.4)))
 
 def test_running_statistics_see_each_batch_once():
@@ -110,11 +110,12 @@ def test_running_statistics_see_each_batch_once():
     assert model[0].running_mean.item() == approx(0.05)
 
 def test_robust_accuracy_of_three_images():
-    """Score x - 1/2 at label 1 for x = 0.4, 0.52, 0.6: two are right, and an attack of 0.05 leaves one."""
+    """Score x - 1/2 at label 1 for x = 0.4, 0.52, 0.6, a pixel each: two are right, and withstand linf up to
+    2/255 = 0.008; l2 16/255 = 0.06 leaves one, 32/255 = 0.13 none."""
     x = torch.tensor([0.4, 0.52, 0.6]).view(3, 1, 1, 1)
     y = torch.ones(3).long()
-    found = evaluate(linear(1.0), x, y, ["linf 0.05"])
-    assert found == {"clean": approx(200 / 3), "linf 0.05": approx(100 / 3)}
+    found = evaluate(linear(1.0), x, y)
+    assert list(found.values()) == approx([200 / 3] * 3 + [100 / 3, 0])
 
 # == Helpers ===========================================================================================
 def normal(seed, *shape):
@@ -157,7 +158,7 @@ def after(step):
     return weights_of(model) + list(model.buffers())
 
 def length(tensors):
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+    return math.hypot(*[t.norm() for t in tensors])
 
 def size_of(delta, norm):
     """|delta|_p of each image."""
@@ -191,7 +192,7 @@ def test_pgd_stays_in_the_ball(f, seed, norm, eps, start, steps):
 def test_random_starts_fill_the_ball(norm):
     """linf: each pixel is uniform. l2: lengths are uniform in [0, eps]."""
     torch.manual_seed(0)
-    x = torch.full((400, 3, 4, 4), 0.5)
+    x = torch.ones(400, 3, 4, 4) / 2
     delta = pgd(tiny_net(), x, torch.arange(400) % 3, 0.1, norm, steps=0) - x
     sizes = delta.abs() if norm == "linf" else size_of(delta, norm)
     quarters = torch.arange(1, 5) / 4
@@ -262,9 +263,9 @@ IMAGES, LABELS = uniform(0, 3, 3, 8, 8), torch.arange(3)
     {"y": LABELS[:2]},
     {"y": LABELS.int()},
     {"x": IMAGES * math.nan},
-    {"x": 1.2 * IMAGES},
+    {"x": 1.01 * IMAGES},
     {"x": IMAGES.half()},
-    {"x": IMAGES - 0.1},
+    {"x": IMAGES - 0.01},
 ])
 def test_pgd_refuses_what_makes_no_sense(wrong):
     sound = {"x": IMAGES, "y": LABELS, "eps": 0.1}
@@ -318,7 +319,7 @@ def test_sam_that_would_be_sgd_is_an_error(rho, weights):
         pass
 
 def torn(weights, grads, rho):
-    return [1.0 + weights[0], torch.ones(7)]
+    return [weights[0].add_(1.0), torch.ones(7)]
 
 @mark.parametrize("ascend", [ascent, torn])
 def test_an_update_inside_the_block_is_an_error(ascend):
@@ -380,18 +381,19 @@ def test_at_steps_on_attacked_images(norm, steps, step_size, step):
     assert same_bits(after(ours), after(by_hand))
 
 @mark.parametrize("step, passes, first", [
-    (sgd_step, 1, 0),
-    (SAM, 2, 0),
-    (partial(esam_step, rho=0.5), 3, 0),
-    (AT, 6, 5),
-    (partial(AT, step=SAM), 7, 5),
+    (sgd_step, 6, 0),
+    (SAM, 12, 0),
+    (partial(esam_step, rho=0.5), 15, 0),
+    (AT, 36, 5),
+    (partial(AT, step=SAM), 42, 5),
 ])
 def test_a_step_takes_its_passes_and_returns_the_loss_and_logits_of_its_first_gradient(step, passes, first):
+    """A pass of all six images each; ESAM's third has half of them."""
     model, seen = tiny_net(), []
     x, y = batch(6)
     model.register_forward_hook(lambda module, args, logits: seen.append(logits.detach()))
     loss, logits = step(model, x, y, sgd(model))
-    assert len(seen) == passes
+    assert len(torch.cat(seen)) == passes
     assert model.net[1].num_batches_tracked == 1
     assert logits.equal(seen[first])
     assert not logits.requires_grad
@@ -406,7 +408,7 @@ def test_the_steps_train_a_segmentation_network(step):
     torch.manual_seed(0)
     model = nn.Conv2d(3, 2, 1)
     for _ in range(60):
-        step(model, x, y, sgd(model, lr=1.0))
+        step(model, x, y, sgd(model, 1.0))
     x_adv = pgd(model, x, y, 0.3, stop_when_fooled=True)
     right, robust = [(model(images).argmax(1) == y).float().mean() for images in (x, x_adv)]
     assert right > 0.9 and robust < 0.3
@@ -461,9 +463,9 @@ def test_prn18_halves_the_image_three_times_and_ends_with_a_mean():
     assert net[9:](h).allclose(net[-1](F.relu(net[9](h)).mean((2, 3))), atol=1e-5)
 
 # == 5. Data ===========================================================================================
-def tiny_data(n, seed=0, size=32):
+def tiny_data(n, size=32):
     """Random images, each with a label. Test images are others than the training images."""
-    x = (255 * uniform(seed, 2 * n, 3, size, size)).byte()
+    x = (255 * uniform(0, 2 * n, 3, size, size)).byte()
     y = torch.arange(2 * n) % 3
     return sam_at.Data(x[:n], y[:n], x[n:], y[n:], 3, "tiny", augment=False)
 
@@ -556,7 +558,7 @@ def test_every_attack_has_each_of_its_starts():
     def score(x, w):
         wrong = x.mean(IMAGE) > 0.5 + 0.02 / 3
         return wrong.double() - 0.5 + 0 * x.sum(IMAGE)
-    x = torch.full((400, 1, 1, 1), 0.5)
+    x = torch.ones(400, 1, 1, 1) / 2
     y = torch.zeros(400).long()
     for restarts in 1, 4:
         found = evaluate(Scored(score), x, y, ["linf 0.02"], restarts=restarts)
@@ -579,7 +581,7 @@ def test_an_attack_may_take_gradients_and_leave_the_model_in_training_mode():
 
 def further(model, x, y, eps, norm="linf"):
     """In place; a linf radius of eps is too far in l2."""
-    return x.add_(1.5 * eps if norm == "linf" else eps).clamp_(0, 1)
+    return x.add_(1.05 * eps if norm == "linf" else eps).clamp_(0, 1)
 
 @mark.parametrize("wrong", [
     {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), "labels": 0 * LABELS},
@@ -590,6 +592,7 @@ def further(model, x, y, eps, norm="linf"):
     {"labels": LABELS[:, None]},
     {"images": IMAGES - 0.5},
     {"restarts": 0},
+    {"steps": 0},
     {"attacks": {"clean": sam_at.fgsm}},
     {"attacks": {"mine": lambda model, x, y: x + 1}},
     {"attacks": {"mine": partial(further, eps=0.001)}},
@@ -621,7 +624,7 @@ def make_folder(root, size=(32, 32)):
         for i in range(2):
             save(root / "train" / name / f"{i}.png", (80 * c, 60, 20 * i), size)
             save(root / "test" / name / f"{i}.png", (80 * c, 60, 100 + 20 * i), size)
-    return root
+    return root / "train" / ".."
 
 def test_a_folder_is_read_class_by_class(tmp_path):
     place = make_folder(tmp_path / "pets", size=(20, 50))
@@ -677,10 +680,10 @@ def test_cifar_is_torchvisions(name, monkeypatch):
 def test_the_demos_classes_can_be_told_and_its_test_images_are_others():
     """Most are nearest to the mean image of their class. Its random numbers are its own."""
     before = torch.get_rng_state()
-    data = sam_at.demo_data(400, 100)
+    data = sam_at.demo_data()
     assert before.equal(torch.get_rng_state())
     assert not data.augment
-    assert len(torch.cat([data.x, data.x_test]).unique(dim=0)) == 500
+    assert len(torch.cat([data.x, data.x_test]).unique(dim=0)) == 5000
     x, x_test = data.x.flatten(1).float(), data.x_test.flatten(1).float()
     means = torch.stack([x[data.y == c].mean(0) for c in range(10)])
     found = torch.cdist(x_test, means).argmin(1)
@@ -703,7 +706,7 @@ def test_the_margin_attacks_where_softmax_is_exactly_one():
     logits = torch.tensor([[1.0, 3, 2], [9, 4, 2]])
     assert sam_at.negative_margin(logits, torch.tensor([2, 0])) == (3 - 2) + (4 - 9)
     model = Scored(lambda x, w: 1e5 * (x.mean(IMAGE) - 0.5))
-    found = evaluate(model, GREY - 0.02, ZERO, ["linf 0.05", "margin linf 0.05", "margin l2 0.2"])
+    found = evaluate(model, GREY - 0.02, ZERO, iter(["linf 0.05", "margin linf 0.05", "margin l2 0.2"]))
     assert list(found.values()) == [100, 100, 0, 0]
 
 @mark.parametrize("norm, eps", [("linf", 0.03), ("l2", 0.15)])
@@ -725,7 +728,7 @@ def honest(x):
     (lambda x: 3e4 * (0.48 - x.mean(IMAGE)), "margin linf 8/255, 9 steps, another start", 6),
     (lambda x: 0.49 - x.amax(IMAGE), "l2 0.1, 50 steps, another start", 3),
     (lambda x: honest(x).clamp(min=0), "the gradient is zero or NaN", 6),
-    (lambda x: honest(x) + x.mean() - 0.4, "the logits depend on the batch", 100),
+    (lambda x: honest(x) + x.mean() ** 4, "the logits depend on the batch", 100),
     (lambda x: honest(x) + (torch.randn_like(x) * (x - x.detach())).sum(IMAGE), "two gradients disagree", 100),
 ])
 def test_an_evaluation_that_is_not_to_be_trusted_is_called_so(f, reason, points):
@@ -792,9 +795,8 @@ GRID = torch.linspace(0, 30, 300_001, dtype=f64)
 
 def accuracy(w, p, eta, n):
     """A(w), w a tensor."""
-    root = math.sqrt(n)
     Phi = torch.special.ndtr
-    return p * Phi((w + eta * n) / root) + (1 - p) * Phi((eta * n - w) / root)
+    return p * Phi((w + eta * n) / n ** 0.5) + (1 - p) * Phi((eta * n - w) / n ** 0.5)
 
 def searched(p, eta, n, rho=0.0):
     """The w whose worst accuracy within rho is best."""
@@ -808,7 +810,7 @@ def test_the_closed_forms_of_the_simplified_model(p, eta, n, share):
     w = math.log(p / (1 - p)) / (2 * eta)
     assert searched(p, eta * (1 - share), n) == approx(w / (1 - share), abs=2e-4)
     for z in 0.4, 0.8:  # rho/sqrt n
-        sam = searched(p, eta, n, z * math.sqrt(n))
+        sam = searched(p, eta, n, z * n ** 0.5)
         assert sam == approx(w * (1 + z ** 2 / 3), abs=0.1 * w * z ** 4 + 2e-4)
 
 def to_the_worse(weights, grads, rho):
@@ -833,7 +835,7 @@ def test_the_steps_train_the_one_weight_to_the_same_place(step, end):
     model = Scored(one_weight, [2.7])
     x = torch.full((1, 10), 0.5 + 0.5 / 40, dtype=f64)
     for k in range(200):
-        step(model, x, ZERO, sgd(model, lr=30 / (1 + k / 3)))
+        step(model, x, ZERO, sgd(model, 30 / (1 + k / 3)))
     assert model.w.item() == approx(end, rel=0.01)
 
 # == 12. The duality, measured =========================================================================
@@ -892,7 +894,8 @@ def test_every_flag_arrives(seen):
     """Those of the methods are in the next test."""
     flags = """--method sgd --dataset tiny-imagenet --data-dir pics --bf16 --model prn18 --width 5 --epochs 5
         --batch-size 6 --compile --seed 11 --eval-steps 13 --restarts 3 --images 9 --runs elsewhere --device cpu"""
-    assert cli(*flags.split(), "--attacks", "fgsm 1/255", "margin l2 0.5")[0] == 0
+    assert "  loss 1.0000  accuracy 50.0%  1.0 s, 4 s left" in cli(
+        *flags.split(), "--attacks", "fgsm 1/255", "margin l2 0.5")[1]
     assert seen.load_data[0][1:] == ("tiny-imagenet", "pics")
     assert os.listdir() == ["elsewhere"]
     assert not torch.backends.cudnn.allow_tf32
@@ -913,7 +916,7 @@ def test_every_flag_arrives(seen):
         assert images.equal(data.x_test[chosen]) and labels.equal(data.y_test[chosen])
     margin = seen.right_images[2][4].keywords
     assert margin.items() >= dict(eps=0.5, steps=13, stop_when_fooled=True).items()
-    assert seen.doubts[0][4:] == (["fgsm 1/255", "margin l2 0.5"], 13, 3)
+    assert seen.doubts[0][1:] == (model, images, labels, ["fgsm 1/255", "margin l2 0.5"], 13, 3)
 
 def test_every_method_is_the_step_of_its_name_with_all_its_settings(seen):
     sam = partial(sam_step, rho=0.2)
@@ -945,32 +948,33 @@ def test_defaults(name, lr, decay, monkeypatch):
     assert same_bits(weights_of(model), weights_of(sam_at.build(s, 10)[0]))  # all methods start alike
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (lr, decay)
     assert not s.bf16
-    assert (s.batch_size, s.eval_steps, s.epochs) == (128, 10, 10)
+    assert (s.batch_size, s.epochs, s.eval_steps, *parse_attack.__defaults__) == (128, 10, 10, 10)
+    assert s.attacks == sam_at.ATTACKS
     assert parse_args(["--model", name, "--lr", "0.5"]).lr == 0.5
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert parse_args([]).bf16
     assert not parse_args(["--no-bf16"]).bf16
 
-BAD = [  # arguments > words of the message
-    "--eps 8 > below 1",
-    "--eps x > radius",
-    "--eps 1/0 > radius",
-    "--attacks linf > attack",
-    "--method sma > sma",
-    "--roh 1 > roh",
-    "--epoch 1 > epoch",
-    "--rho -0.1 > rho",
-    "--rho nan > rho",
-    "--rho inf > rho",
-    "--epochs 0 > epochs",
-    "--batch-size 0 > batch-size",
-    "--images -1 > images",
-    "--width 900000000 > width",
-    "--model deit_ti --width 4 > width",
-    "--device cuda > no GPU found",
-    "--dataset folder > --data-dir",
-    "--runs /dev/null > /dev/null",
-]
+BAD = """
+--eps 8 > below 1
+--eps x > radius
+--eps 1/0 > radius
+--attacks linf > attack
+--method sma > sma
+--roh 1 > roh
+--epoch 1 > epoch
+--rho -0.1 > rho
+--rho nan > rho
+--rho inf > rho
+--epochs 0 > epochs
+--batch-size 0 > batch-size
+--images -1 > images
+--width 900000000 > width
+--model deit_ti --width 4 > width
+--device cuda > no GPU found
+--dataset folder > --data-dir
+--runs /dev/null > /dev/null
+""".strip().splitlines()  # arguments > words of the message
 
 @mark.parametrize("case", BAD)
 def test_bad_input_is_one_message_and_exit_code_2(case, quick):
@@ -1022,7 +1026,7 @@ sys.exit(sam_at.main())""", *flags, command=torchrun.split())
     for x, y in [*batches(data, 16), *batches(data, 16)]:
         shares = []
         for i in 0, 1:
-            sam_step(model, x[i::2], y[i::2], sgd(model, lr=0.0), rho=0.3)
+            sam_step(model, x[i::2], y[i::2], sgd(model, 0.0), rho=0.3)
             shares.append([w.grad for w in model.parameters()])
         for w, a, b in zip(model.parameters(), *shares):
             w.grad = (a + b) / 2
@@ -1072,7 +1076,7 @@ sys.exit(sam_at.main())""", *QUICK, "--method", "sam+at", "--epochs", 40)
     assert len(record_of()["log"]) == 40
 
 DECIDES = """--seed 1;--batch-size 9;--lr 0.2;--epochs 3;--bf16;--compile;--width 3;--model prn18;--dataset cifar100;
---rho 0.151;--eps 1.0001/255;--norm l2;--attack-steps 3;--method awp""".split(";")
+--rho 0.15000001;--eps 1.0000001/255;--norm l2;--attack-steps 3;--method awp""".split(";")
 
 def test_what_decides_the_weights_and_nothing_else_makes_another_run(seen, monkeypatch):
     def runs_after(*argv):
@@ -1096,18 +1100,20 @@ def test_a_finished_run_is_reported_and_another_measurement_is_another_record(qu
         code, out, _ = cli(*QUICK, *more)
         assert code == 0
         return out.split("\n\n")[1]
+    table("--bf16")
+    table("--lr=0.1001")
     first = table()
     monkeypatch.setattr(sam_at, "sgd_step", None)  # no step can be made
     with monkeypatch.context() as patch:
         patch.setattr(sam_at, "write_whole", None)  # nothing can be written
         assert table() == first
-    table("--sharpness", "--images=99")
+    assert "rho 0.1" in table("--sharpness", "--images=99")
     others = ["--attacks=l2 0.5", "--eval-steps=2", "--restarts=2", "--images=7"]
     for other in others + others:
         table(other)
     records = [json.loads(path.read_text()) for path in Path("runs").glob("*/*.json")]
-    assert len({record["table"] for record in records}) == 6
-    assert sorted(record["images"] for record in records) == [7] + 5 * [41]
+    assert len({record["table"] for record in records}) == 8
+    assert sorted(record["images"] for record in records) == [7] + 7 * [41]
 
 def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
     out = cli(*QUICK, *"--method sam --seed 3 --epochs 3 --bf16".split())[1]
@@ -1161,7 +1167,7 @@ def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, m
     for place, name, fail, wanted in (
             (sam_at, "sgd_step", diverge, 2),
             (Path, "write_bytes", no_room, 2),
-            (sam_at, "load_data", Mock(side_effect=MemoryError), 2),
+            (sam_at, "load_data", Mock(side_effect=RuntimeError("can't allocate")), 2),
             (sam_at, "right_images", interrupt, 130)):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, fail)
@@ -1175,7 +1181,7 @@ def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, m
 def test_the_benchmark_times_each_method_in_both_precisions(monkeypatch):
     """A stand-in for the clock: bfloat16 takes half as long."""
     def step(model, x, y, optimizer, rho):
-        seen.append(4 / (1 + model.bf16))
+        seen.append(len(x) / (1 + model.bf16))
     def clock(timer):
         timer.timeit(1)
         return Namespace(median=seen[-1])
@@ -1183,7 +1189,7 @@ def test_the_benchmark_times_each_method_in_both_precisions(monkeypatch):
     monkeypatch.setattr(sam_at, "sam_step", step)
     monkeypatch.setattr("torch.utils.benchmark.Timer.adaptive_autorange", clock)
     out = cli(*"--benchmark --method sam --width 2 --batch-size 6".split())[1]
-    assert out.split() == "sam rho 0.15 float32 4.0000 s, bfloat16 2.0000 s: 2.00 times as fast".split()
+    assert out.split() == "sam rho 0.15 float32 6.0000 s, bfloat16 3.0000 s: 2.00 times as fast".split()
 
 def test_the_replication_is_156_commands():
     out = subprocess.run([HERE / "run_all.sh", "--dry-run"], capture_output=True, text=True).stdout
@@ -1266,7 +1272,7 @@ def test_c1_is_judged_for_each_radius_and_wants_two_errors_to_spare():
 def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     """C2 is about every SAM, C3a about the best of those that are free."""
     sam = three("sam 1", clean, robust)
-    others = three("sam 2", 70, other) + three("at 2", 50, 20, eps=2) + three("awp 1", 0, 90)
+    others = three("sam 2", 70, other) + three("at 2", 77, 20, eps=0.5) + three("sam+at 1", 0, 90)
     found = verdicts_of(*SGD, *AT5, *sam, *others)
     assert (found["C2"], found["C3a"]) == (c2, c3a)
     found = verdicts_of(*SGD, *three("at 1", 79.95, 70, eps=1), *sam)  # no clear price
@@ -1277,8 +1283,8 @@ def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
 @mark.parametrize("clean, robust, word", [
     (78, 77, "above: +35.0 ± 1.3"),
     (78, 42, "on: "),
-    (78, 42.6, "on: "),
-    (78, 41.4, "on: "),
+    (78, 43.7, "on: "),
+    (78, 40.3, "on: "),
     (78, 35, "below: -7.0"),
     (60, 70, "above: +4.0"),
     (90, 40, "above: +10.0"),
@@ -1286,11 +1292,12 @@ def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
 @mark.parametrize("claim, steps", [("C3b", 5), ("C6", 1)])
 def test_c3b_and_c6_are_about_price(clean, robust, word, claim, steps):
     """A curve from SGD (80, 30) over (75, 60) to (50, 70), so at 42 where 78 are clean, and at 66 for 60; beyond its
-    ends the nearest row counts. Each claim has its own number of steps."""
+    ends the nearest row counts. Each claim has its own number of steps. Its SAM is the most robust one. A seed of a
+    row is missing, so it is open."""
     at = three("at 2", 50, 70, eps=2, attack_steps=steps) + three("at 1", 75, 60, eps=1, attack_steps=steps)
     l2 = three("at l2", 79, 20, eps=0.5, attack_steps=steps, norm="l2")  # not on it
-    found = verdicts_of(*SGD, *three("sam 1", clean, robust), *at, *l2)
-    assert found[claim].startswith(word) and len(found) == 4
+    found = verdicts_of(*SGD, *three("sam 0", clean, robust - 9), *three("sam 1", clean, robust), *at[1:], *l2)
+    assert found[claim].startswith("open, so far " + word) and len(found) == 4
 
 def report_of(*records):
     """RESULTS.md of records, one of them in runs."""
@@ -1315,7 +1322,8 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set():
         "|  | pets | cars |\n| --- | --- | --- |",
         "| C1", "**yes** (sam 1) | open |",
         "pets.png",
-        "## Main result: pets", "| sgd",
+        "## Main result: pets\n\npets main\n\n",
+        "|  | seeds | clean | a | b | under attack | clean gain | under attack gain |", "| sgd",
         "| sam 1 | 3 | 80 | 35.12 | 35.12 | 35.12 | +0.0 ± 0.0 | +5.1 ± 0.3 |", "| at 1",
         "## Main result: cars",
         "## Check: vans",
@@ -1328,10 +1336,10 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set():
 def test_rises_have_their_rank_correlation_with_and_without_at():
     """Ranks 1 2 3 4 and 2 3 4 1."""
     records = []
-    for label, around_w, around_x in ("sgd", 1, 4), ("sam 1", 2, 5), ("sam 2", 3, 60), ("at 1", 9, 1):
+    for label, around_w, around_x in ("sgd", 1, 4), ("sam 1", 2, 5), ("sam 2", 3, 60), ("awp 1", 9, 1):
         record = three(label, 0, 0)[0]
         record.update(right={}, figures={"rho 0.1": around_w, "linf 1/255": around_x})
         records.append(record)
     text = report_of(*records)
     assert "rise-of-the-loss.png" in text
-    assert "pets main\n\nCorrelation of the ranks: -0.20; without AT +1.00.\n\n|" in text
+    assert "## Flatness: pets\n\npets main\n\nCorrelation of the ranks: -0.20; without AT +1.00.\n\n|" in text
