@@ -862,7 +862,7 @@ def cli(*argv):
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            code = sam_at.main([str(word) for word in argv])
+            code = sam_at.main([*map(str, argv)])
         except SystemExit as stop:
             code = stop.code
     return code, out.getvalue(), err.getvalue()
@@ -995,8 +995,7 @@ sam_at.demo_data = sam_at.partial(sam_at.demo_data, n_train=64, n_test=41)
 sam_at.doubts = lambda *_: {{}}
 {body}""", encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    words = [str(word) for word in [sys.executable, *command, *argv]]
-    done = subprocess.run(words, capture_output=True, env=environment)
+    done = subprocess.run([sys.executable, *command, *map(str, argv)], capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     return done.stdout.decode()
 
@@ -1225,8 +1224,8 @@ def three(label, clean, robust, **settings):
     for seed in 0, 1, 2:
         points = {"clean": clean, "a": robust, "b": robust + seed - 1}
         right = {name: packed(torch.arange(4000) < 40 * p) for name, p in points.items()}
-        usual = dict(label=label, method=label.split()[0], attacks="ab", norm="linf", attack_steps=5, eps=0, rho=1)
-        now = {**usual, "seed": seed, **settings}
+        now = dict(label=label, method=label.split()[0], seed=seed, attacks="ab", norm="linf", attack_steps=5, eps=0,
+                   rho=1) | settings
         records.append(dict(label=label, table="pets main", images=4000, figures={}, right=right, settings=now))
     return records
 
@@ -1292,12 +1291,13 @@ def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
 @mark.parametrize("claim, steps", [("C3b", 5), ("C6", 1)])
 def test_c3b_and_c6_are_about_price(clean, robust, word, claim, steps):
     """A curve from SGD (80, 30) over (75, 60) to (50, 70), so at 42 where 78 are clean, and at 66 for 60; beyond its
-    ends the nearest row counts. Each claim has its own number of steps. Its SAM is the most robust one. A seed of a
-    row is missing, so it is open."""
+    ends the nearest row counts. Each claim has its own number of steps. Its SAM is the most robust one. A row
+    has another seed, so all is open."""
     at = three("at 2", 50, 70, eps=2, attack_steps=steps) + three("at 1", 75, 60, eps=1, attack_steps=steps)
     l2 = three("at l2", 79, 20, eps=0.5, attack_steps=steps, norm="l2")  # not on it
-    found = verdicts_of(*SGD, *three("sam 0", clean, robust - 9), *three("sam 1", clean, robust), *at[1:], *l2)
-    assert found[claim].startswith("open, so far " + word) and len(found) == 4
+    at[0]["settings"]["seed"] = 3
+    found = verdicts_of(*SGD, *three("sam 0", clean, robust - 9), *three("sam 1", clean, robust), *at, *l2)
+    assert found[claim].startswith("open, so far " + word) and "open" in found["C3a"] and len(found) == 4
 
 def report_of(*records):
     """RESULTS.md of records, one of them in runs."""
