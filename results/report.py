@@ -176,7 +176,7 @@ def correlation(rows):
 def picture(name, table, x, y):
     """One column over another: a point for each row, with the errors of its gain. Those of a family are joined."""
     from matplotlib.figure import Figure
-    axes = Figure((12, 7)).subplots()
+    axes = Figure((14, 8)).subplots()
     axes.set(title=name, xlabel=x, ylabel=y)
     axes.margins(0.2)  # for the labels
     for _, rows in groupby(table, family):
