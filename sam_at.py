@@ -147,11 +147,11 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
 #    The same maximum over the weights: L(w + v) = L(w) + <g, v> with g = dL/dw is largest at v = rho g/|g|_2.
 #        AT    delta <- P(delta + step * steepest(g)),  g = dL/dx:  one norm an image, several steps
 #        SAM   v     =  rho * g/|g|_2,                  g = dL/dw:  one norm over all weights, one step
-#    'Dual': a score w.x changes alike when either factor moves. On a linear score both maxima are exact and lower the
-#    margin: delta (l2) by eps|w| for each image, v by rho|x|, more for images far from 0. In a dense first layer
+#    'Dual': a score w.x changes alike when either factor moves. On a linear score of one image both maxima are exact
+#    and lower the margin: delta (l2) by eps|w|, v by rho|x|, more where x is far from 0. In a dense first layer
 #    z = Wx an attack delta does what a move of the weights does, V = (W delta) x^T/|x|^2, and V what the attack
 #    W^+ V x does, if W has a right inverse W^+. As |V| = |W delta|/|x|, a loss of one image that is flat for
-#    |V| <= rho is so for |W delta| <= rho|x|. But one v serves all images and layers: SAM protects less than AT.
+#    |V| <= rho is so for |W delta| <= rho|x|. SAM promises no image that: one v serves all images and layers.
 def ascent(weights, grads, rho):
     """v = rho * g/|g|_2, one norm over all weights (Foret et al. 2021, eq. 2); where g is 0, so is v."""
     scale = rho / nn.utils.get_total_norm(grads).clamp_min(1e-12)
@@ -189,8 +189,8 @@ def perturbed(model, rho, ascend=ascent):
 
 # == 3. The three training steps ==========================================================================
 #    They differ in where the gradient is taken. None differentiates through v or delta, though both depend on w: the
-#    gradient of a maximum is the gradient at its maximiser, where that is unique (Danskin's theorem). PGD comes close
-#    to that, SAM's one step need not. Each returns the loss and the logits of its first gradient in w, detached.
+#    gradient of a maximum is the gradient at its maximiser, where that is unique (Danskin's theorem). PGD need not
+#    find it, nor does SAM's one step. Each returns the loss and the logits of its first gradient in w, detached.
 def gradient(model, x, y):
     """Put dL/dw on the weights, in place of what lay there; return loss and logits."""
     model.zero_grad()
@@ -219,7 +219,7 @@ def sam_step(model, x, y, optimizer, rho, ascend=ascent):
 def at_step(model, x, y, optimizer, eps, norm="linf", steps=5, step=sgd_step):
     """AT: the gradient at (w, x + delta), applied at w (Madry et al. 2018, eq. 2.1).  steps + 1 gradients a step.
     With step = partial(sam_step, rho=rho) the two combine: the gradient at (w + v, x + delta)."""
-    step_size = 1.25 * eps if steps == 1 else eps / 4  # one step: as Wong et al. 2020
+    step_size = 1.25 * eps if steps == 1 else eps / 4  # one step, linf: as Wong et al. 2020
     x_adv = pgd(model, x, y, eps, norm, steps, step_size)
     return step(model, x_adv, y, optimizer)
 
@@ -553,7 +553,7 @@ def doubts(model, images, labels, names, steps=10, restarts=1):
 # == 10. Variants: more ascents and networks ==============================================================
 def adaptive_ascent(weights, grads, rho, eta=0.01):
     """ASAM: v = rho * T^2 g/|T g|_2, T = |w| + eta (Kwon et al. 2021, alg. 1); T = 1 on biases and BatchNorm.
-    With eta = 0 and no biases, rescaled weights have a rescaled v. Takes about ten times SAM's rho."""
+    With eta = 0 and T = |w| for all, rescaled weights have a rescaled v. Takes about ten times SAM's rho."""
     T = [w.abs() + eta if w.ndim > 1 else torch.ones_like(w) for w in weights]
     v = ascent(weights, [t * g for t, g in zip(T, grads)], rho)
     return [t * a for t, a in zip(T, v)]
@@ -617,13 +617,14 @@ def make_model(name, classes, mean_std=CIFAR10, width=None):
 #        AT         the same with eta - eps for eta    w = ln(p/(1-p)) / (2 (eta - eps))    exact
 #        SAM        max_w min(A(w - rho), A(w + rho))  w = w_standard (1 + rho^2/(3n))    up to rho^4
 #    A' = 0 where p phi((w + eta n)/sqrt n) = (1-p) phi((eta n - w)/sqrt n); its logarithm is linear in w. AT moves
-#    each of the n features by eps < eta against y; x_1 is out of its reach. For SAM expand A(w + rho) = A(w - rho) at
-#    w_0 = w_standard: A'' (w - w_0) + A''' rho^2/6 = 0, A'''/A'' = -2 w_0/n. The steps of section 3 end there, too
-#    (see the tests), SAM's with its exact maximum; its own ascent climbs the wrong side, and ends at w_standard.
+#    each of the n features by eps < eta against y; x_1 = +-1 counts as out of its reach. For SAM expand A(w + rho) =
+#    A(w - rho) at w_0 = w_standard: A'' (w - w_0) + A''' rho^2/6 = 0, A'''/A'' = -2 w_0/n. The steps of section 3 end
+#    there, too (see the tests), SAM's with its exact maximum; its own ascent climbs the wrong side, to w_standard.
 # == 12. The duality, measured: does flat around the weights go with flat around the inputs? ==============
 def sharpness(model, x, y):
     """How far the mean loss rises at SAM's ascent of length rho, and under PGD-10, in eval mode:
-    {"rho 0.1": nats, .., "linf 1/255": nats, ..}.  x: float pixels. Leaves gradients on the weights."""
+    {"rho 0.1": nats, .., "linf 1/255": nats, ..}.  x: float pixels. Leaves gradients on the weights. Rescaling
+    those in front of BatchNorm changes the rises around w, not the network (Dinh et al. 2017)."""
     def rise(x):
         with torch.no_grad():
             return float(F.cross_entropy(model(x.clone()), y) - loss)

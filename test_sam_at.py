@@ -948,9 +948,8 @@ def test_defaults(name, lr, decay, monkeypatch):
     assert same_bits(weights_of(model), weights_of(sam_at.build(s, 10)[0]))  # all methods start alike
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (lr, decay)
     assert not s.bf16
-    assert (s.batch_size, s.epochs, s.eval_steps, *parse_attack.__defaults__) == (128, 10, 10, 10)
-    assert s.attacks == sam_at.ATTACKS
-    assert parse_args(["--model", name, "--lr", "0.5"]).lr == 0.5
+    assert (s.batch_size, s.epochs, s.eval_steps, s.data_dir) == (128, 10, 10, "data")
+    assert (s.attacks, 10, 1, 500, 10) == evaluate.__defaults__ + parse_attack.__defaults__
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert parse_args([]).bf16
     assert not parse_args(["--no-bf16"]).bf16

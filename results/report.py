@@ -8,7 +8,7 @@ seeds / seeds). 'Clearly' means: by over two errors. A claim needs three seeds o
 it is open. A data set's main table is, of those with an SGD row, the one of most records times images.
 These rules and CLAIMS are older than the results in records.jsonl, not than former.jsonl's. Mended since: C1 is judged
 for each rho and AT's curve is of linf alone (after two CIFAR-10 runs; no verdict changed); the error of C3b and C6 counts
-that of the place on the curve (after six; C6's was 0.2 and is 11.2; the demo's C6 went from below to on); wording.
+that of the place on the curve (after six; C6's went from 0.2 to 11.2; the demo's C6 went from below to on); wording.
 """
 import base64
 import json
@@ -32,12 +32,14 @@ CLAIMS = {
 HEAD = """# Results
 
 Written by `results/report.py`, which states the rules. 'Under attack' is the mean of the attacks. Gains are on a table's
-first row, SGD where it was run, in points; ± is one standard error, over images and seeds (of one seed: over images); bars
-in the pictures are the gains' errors, so SGD has none. 'No': a part of the claim is not shown. The best SAM is the most
-robust of those that C1 finds free, if any, else of all. C3b and C6 compare it with a curve from SGD over the radii of AT
-that they name ('on': within two errors); one radius says little, and beyond the curve's ends the nearest row, be it SGD,
-stands for it. C4, the simplified model, is section 11 of `sam_at.py` and of its tests. 'Rise of the loss': how much higher
-it is, in nats, after SAM's step of length rho, or under an attack; ranks are those at rho 0.1 and at linf 1/255. Gradients
+first row, SGD where it was run, in points, over the seeds that both have; ± is one standard error, over images and seeds
+(of one seed: over images alone, which is too small); bars in the pictures are the gains' errors, so SGD has none. 'No': a
+part of the claim is not shown. The best SAM is the most robust of those that C1 finds free, if any, else of all. C3b and C6
+compare it with a curve from SGD over the radii of AT that they name. 'On': within two errors, which are large where the
+curve is steep. A SAM that is more accurate than the whole curve is compared with the curve's nearest row: 'above' may then
+say no more than that it is above SGD. One radius says little. C4, the simplified model, is section 11 of `sam_at.py` and
+of its tests. 'Rise of the loss': how much higher it is, in nats, after SAM's step of length rho, or under an attack; rho
+does not see that BatchNorm lets weights be rescaled; ranks are those at rho 0.1 and at linf 1/255. Gradients
 a step: SGD 1, SAM 2, AT 1 and its attack's steps; seconds: `results/costs.txt`. PGD-10 is not the strongest attack: what
 PGD-50 takes from 200 images is in the records (`stronger`). The demo is synthetic, made to show the effect: an
 illustration. `results/former.jsonl` keeps earlier records: of a JPEG copy of CIFAR-10, of a tenth of its own images, and of
