@@ -41,9 +41,10 @@ say no more than that it is above SGD. One radius says little. C4, the simplifie
 of its tests. 'Rise of the loss': how much higher it is, in nats, after SAM's step of length rho, or under an attack; rho
 does not see that BatchNorm lets weights be rescaled; ranks are those at rho 0.1 and at linf 1/255. Gradients
 a step: SGD 1, SAM 2, AT 1 and its attack's steps; seconds: `results/costs.txt`. PGD-10 is not the strongest attack: what
-PGD-50 takes from 200 images is in the records (`stronger`). The demo is synthetic, made to show the effect: an
-illustration. `results/former.jsonl` keeps earlier records: of a JPEG copy of CIFAR-10, of a tenth of its own images, and of
-former demos.
+PGD-50 takes from 200 images is in the records (`stronger`), as are machine, threads and torch of each run: runs of a
+table may be of different processors. The demo is synthetic, made to show the effect: an illustration.
+`results/former.jsonl` keeps earlier records: of a JPEG copy of CIFAR-10, of a tenth of its own images, and of former
+demos.
 """
 
 def family(row):
