@@ -873,7 +873,7 @@ QUICK += ["linf 2/255", "--eval-steps", 1]
 
 @fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(sam_at, "demo_data", partial(sam_at.demo_data, n_train=64, n_test=41))
+    monkeypatch.setattr(sam_at, "demo_data", partial(sam_at.demo_data, n_train=64, n_test=1041))
     monkeypatch.setattr(sam_at, "doubts", lambda *_: {"the moon is full": 12.5, "the sun": 1.0})
 
 @fixture
@@ -1106,13 +1106,13 @@ def test_a_finished_run_is_reported_and_another_measurement_is_another_record(qu
     with monkeypatch.context() as patch:
         patch.setattr(sam_at, "write_whole", None)  # nothing can be written
         assert table() == first
-    assert "rho 0.1" in table("--sharpness", "--images=99")
+    assert "rho 0.1" in table("--sharpness")
     others = ["--attacks=l2 0.5", "--eval-steps=2", "--restarts=2", "--images=7"]
     for other in others + others:
         table(other)
     records = [json.loads(path.read_text()) for path in Path("runs").glob("*/*.json")]
     assert len({record["table"] for record in records}) == 8
-    assert sorted(record["images"] for record in records) == [7] + 7 * [41]
+    assert sorted(record["images"] for record in records) == [7, 1000] + 6 * [1041]
 
 def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
     out = cli(*QUICK, *"--method sam --seed 3 --epochs 3 --bf16".split())[1]
@@ -1120,7 +1120,7 @@ def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
     assert record["settings"].items() >= dict(label="sam rho 0.15", method="sam", rho=0.15, seed=3).items()
     assert record["table"] == (
         f"demo ({record['settings']['data']}), small width 2, 3 epochs, lr 0.1, batch 16, bfloat16; "
-        "41 test images, linf 2/255, 1 steps, 1 starts")
+        "1041 test images, linf 2/255, 1 steps, 1 starts")
     assert record.keys() >= {"torch", "threads", "machine"}
     assert record["log"][2]["code"] == record["code"] == sam_at.CODE != ""
     data = sam_at.demo_data()
