@@ -1099,7 +1099,7 @@ def test_a_finished_run_is_reported_and_another_measurement_is_another_record(qu
         code, out, _ = cli(*QUICK, *more)
         assert code == 0
         return out.split("\n\n")[1]
-    table("--bf16")
+    table("--bf16", "--images=9999")
     table("--lr=0.1001")
     first = table()
     monkeypatch.setattr(sam_at, "sgd_step", None)  # no step can be made
