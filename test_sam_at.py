@@ -991,7 +991,7 @@ def finish(body, *argv, command=("script.py",), **environment):
 import os, random, signal, sys, time
 sys.path[:0] = [{str(HERE)!r}]
 import sam_at
-sam_at.demo_data = sam_at.partial(sam_at.demo_data, n_train=64, n_test=41)
+sam_at.demo_data = sam_at.partial(sam_at.demo_data, n_train=64, n_test=1041)
 sam_at.doubts = lambda *_: {{}}
 {body}""", encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
