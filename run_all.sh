@@ -6,7 +6,8 @@
 #   ./run_all.sh --quick                    the same list in small, on synthetic data, into trial/: nothing published changes
 set -euo pipefail
 cd "$(dirname "$0")"
-python=$(command -v python || command -v python3)
+python=python
+command -v python > /dev/null || python=python3
 
 rhos="0.05 0.1 0.2 0.3 0.4"
 linf="0.1 0.25 0.5 1 2 4 8"  # of AT, /255; up to 1 also with one step, at SAM's price

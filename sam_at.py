@@ -61,14 +61,14 @@ def steepest(g, norm):
     if norm == "linf":
         return g.sign()
     largest = g.abs().amax(tuple(range(1, g.ndim)), keepdim=True)
-    g = g / largest.clamp_min(1e-38)  # otherwise the squares of a tiny g would be 0
-    return g / l2_norm(g).clamp_min(1e-38)
+    g = g / largest.clamp_min(1e-37)  # otherwise the squares of a tiny g would be 0
+    return g / l2_norm(g).clamp_min(1e-37)
 
 def project(delta, eps, norm):
     """The nearest point of the ball |delta|_p <= eps, per image."""
     if norm == "linf":
         return delta.clamp(-eps, eps)
-    return delta * (eps / l2_norm(delta).clamp_min(1e-38)).clamp_max(1)
+    return delta * (eps / l2_norm(delta).clamp_min(1e-37)).clamp_max(1)
 
 def random_delta(x, eps, norm):
     """A random start in the ball: uniform for linf; a uniform direction times a uniform length for l2."""
@@ -116,7 +116,7 @@ def check(x, y):
     """Raise BadInput unless x are float pixels in [0,1] and y their labels."""
     if x.dtype not in (torch.float32, torch.float64) or y.dtype != torch.int64 or x.shape[:1] != y.shape[:1]:
         raise BadInput(f"images {x.dtype} {[*x.shape]}, labels {y.dtype} {[*y.shape]}: expected float32 or 64, int64")
-    if not (x.min() >= -1e-6 and x.max() <= 1 + 1e-6):
+    if not (x.min() >= -1e-6 and x.max() <= 1.000001):
         raise BadInput(f"pixels from {x.min():.3g} to {x.max():.3g}, not 0 to 1: normalise inside the model")
 
 def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=True,
@@ -346,12 +346,12 @@ def is_right(model, x, y):
         raise FloatingPointError("logits are not finite")
     return logits.argmax(1) == y
 
-@torch.no_grad()
+@torch.inference_mode(False)
 def right_images(model, images, labels, attack=None, restarts=1, batch_size=500):
     """Which images are right, (N,) bool, and stay so under attack(model, x, y) -> x_adv, from each of its starts.
     images: uint8, or float pixels in [0,1], (N, C, H, W)."""
     parts = []
-    with restored(model):
+    with torch.no_grad(), restored(model):
         model.eval()
         for x, y in zip(images.split(batch_size), labels.split(batch_size)):
             x = pixels(x)
@@ -496,10 +496,10 @@ def parse_attack(text, steps=10):
 def checked(attack):
     """The same attack, which raises BadInput unless it makes images, within its radius if it is given one."""
     def attack_and_check(model, x, y):
-        x_adv = attack(model, x.clone(), y).detach()
+        x_adv = attack(model, x.clone(), y).to(x)
         check(x_adv, y)
         given = getattr(attack, "keywords", {})  # those of a partial
-        nearest = x + project(x_adv - x, given.get("eps", math.inf), given.get("norm", "linf"))
+        nearest = x + project(x_adv - x, given.get("eps", math.inf), "l2" if given.get("norm") == "l2" else "linf")
         if not x_adv.allclose(nearest, atol=1e-5):
             raise BadInput(f"an attack of radius {given['eps']} went further")
         return x_adv
@@ -538,7 +538,7 @@ def doubts(model, images, labels, names, steps=10, restarts=1):
         g, _ = input_gradient(model, x, y, summed_cross_entropy)
         again, _ = input_gradient(model, x, y, summed_cross_entropy)
     found = {
-        "the gradient is zero or NaN": percent((steepest(g, "linf") == 0).flatten(1).all(1)),
+        "the gradient is zero or NaN": percent(l2_norm(steepest(g, "linf")) == 0),
         "two gradients disagree": percent(l2_norm(g - again) > 0.1 * l2_norm(g)),
         "the logits depend on the batch": percent((logits - halves).abs().amax(1) > 1e-3 * logits.abs().amax()),
     }
@@ -708,7 +708,7 @@ def parse_args(argv=None):
     for name, value in vars(s).items():
         least = int(type(value) is int and SETTINGS[name][0] > 0)
         if type(value) in (int, float) and not least <= value < 1e9:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
+            raise BadInput(f"--{name.replace('_', '-')} {value}: expected a number from {least} to 1e9")
     s.eps = radius(s.eps)
     check_radius(s.eps, s.norm)
     for name in s.attacks:

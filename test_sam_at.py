@@ -240,7 +240,8 @@ def test_restored_puts_back_buffers_that_changed_their_shape():
     model.register_buffer("spikes", torch.zeros(2))
     model.register_buffer("mask", None)
     pgd(model, *batch(5, classes=2), 0.1)
-    assert model.spikes.tolist() == [0, 0] and model.mask is None
+    assert model.spikes.tolist() == [0, 0]
+    assert model.mask is None
 
 def test_a_model_that_works_in_place_harms_no_image():
     model = Scored(lambda x, w: x.sub_(0.5).sum(IMAGE) + w)
@@ -302,7 +303,7 @@ def test_gradients_of_any_size_move_the_weights_by_rho(seed, rho, size):
     """But a gradient of 0 moves nothing, and a tiny one hardly."""
     grads = [size * normal(seed, n).sign() for n in (30, 3)]
     v = ascent(grads, grads, rho)
-    assert length(v) == approx(rho if size > 1e-10 else 0, rel=0.01, abs=1e-3)
+    assert length(v) == approx(rho if size > 1e-10 else 0, abs=1e-3)
 
 @mark.parametrize("rho, weights", [
     (0.1, lambda model: []),
@@ -369,8 +370,8 @@ def test_sam_is_its_formula(seed, first):
     assert_close(weights_of(model), weights_of(twin))
 
 @mark.parametrize("norm, steps, step_size, step", [
-    ("l2", 2, 0.025, SAM),
-    ("linf", 1, 0.125, sgd_step),
+    ("linf", 2, 0.025, SAM),
+    ("l2", 1, 0.125, sgd_step),
 ])
 def test_at_steps_on_attacked_images(norm, steps, step_size, step):
     """Steps of eps/4; one alone goes 1.25 eps."""
@@ -396,9 +397,8 @@ def test_a_step_takes_its_passes_and_returns_the_loss_and_logits_of_its_first_gr
     assert len(torch.cat(seen)) == passes
     assert model.net[1].num_batches_tracked == 1
     assert logits.equal(seen[first])
-    assert not logits.requires_grad
     assert loss.allclose(F.cross_entropy(logits, y))
-    assert not loss.requires_grad
+    assert not (logits.requires_grad or loss.requires_grad)
 
 @mark.parametrize("step", [SAM, partial(at_step, eps=0.01)])
 def test_the_steps_train_a_segmentation_network(step):
@@ -411,7 +411,8 @@ def test_the_steps_train_a_segmentation_network(step):
         step(model, x, y, sgd(model, 1.0))
     x_adv = pgd(model, x, y, 0.3, stop_when_fooled=True)
     right, robust = [(model(images).argmax(1) == y).float().mean() for images in (x, x_adv)]
-    assert right > 0.9 and robust < 0.3
+    assert right > 0.9
+    assert robust < 0.3
 
 # == 4. The networks ===================================================================================
 @mark.parametrize("name, parameters", [
@@ -512,18 +513,17 @@ def test_images_are_shuffled_and_augmented_where_that_is_asked_for():
 # == 6. The training loop ==============================================================================
 def test_the_learning_rate_of_the_papers_recipe():
     optimizer, schedule = make_optimizer(tiny_net(), 0.1, 100)
-    group = optimizer.param_groups[0]
     for rate in [0.1] * 75 + [0.01] * 15 + [0.001] * 10:
-        assert group["lr"] == approx(rate)
+        assert optimizer.param_groups[0]["lr"] == approx(rate)
         optimizer.step()
         schedule.step()
-    assert group.items() >= dict(momentum=0.9, weight_decay=5e-4, nesterov=False).items()
 
 def test_a_row_of_training_holds_averages_over_images(monkeypatch):
     """One of two processes has 4, 4 and 1 images of each epoch's batches; a stand-in whose loss is that number times
     the epochs before, and which errs where it is 1. The third epoch: 2 * (16 + 16 + 1) for 9 images."""
     def step(model, x, y, optimizer):
-        assert model.training and optimizer.param_groups[0]["lr"] == 0.1
+        assert model.training
+        assert optimizer.param_groups[0]["lr"] == 0.1
         optimizer.step()
         return torch.tensor(float(len(rows) * len(y))), F.one_hot(y, 3) * (len(y) - 2)
     monkeypatch.setattr(sam_at, "WORLD", 2)
@@ -570,13 +570,15 @@ def test_every_attack_has_each_of_its_starts():
 
 def test_an_attack_may_take_gradients_and_leave_the_model_in_training_mode():
     def attack(model, x, y):
-        assert torch.is_grad_enabled() and not model.training
+        assert torch.is_grad_enabled()
+        assert not model.training
         model.train()
-        return x - 5e-7  # black pixels are a little below 0
-    model, (x, y) = tiny_net(), batch(40)
+        return x.double() - 5e-7  # black pixels are a little below 0
+    model, (x, y) = tiny_net().float(), batch(40)
     model.net[1].eval()
     before = all_of(model)
-    figures = evaluate(model, (x * 255).byte(), y, {"a": attack, "b": attack}, batch_size=15)
+    with torch.inference_mode():
+        figures = evaluate(model, (x * 255).byte(), y, {"a": attack, "b": attack}, batch_size=15)
     assert len(set(figures.values())) == 1
     assert same_bits(before, all_of(model))
 
@@ -655,11 +657,10 @@ def test_tiny_imagenet_as_it_unpacks(tmp_path):
     for i, (wnid, grey) in enumerate([("n02", 200), ("n01", 100)]):
         save(tmp_path / "train" / wnid / "images" / f"{wnid}_0.png", grey, (64, 64), "L")
         save(tmp_path / "val" / "images" / f"val_{i}.png", grey + 5, (64, 64), "L")
-    listed = "val_0.png\tn02\t0\t0\t62\t62\nval_1.png\tn01\t0\t0\t62\t62\n"
-    (tmp_path / "val" / "val_annotations.txt").write_text(listed)
+    (tmp_path / "val" / "val_annotations.txt").write_text("val_0.png\tn02\t0\t0\nval_1.png\tn01\t0\t0\n")
     data = load_data("tiny-imagenet", tmp_path)
     assert [*data.y, *data.y_test] == [0, 1, 1, 0]
-    assert [*data.x[:, 0, 0, 0], *data.x_test[:, 0, 0, 0]] == [100, 200, 205, 105]
+    assert [*data.x[:, 2, 0, 0], *data.x_test[:, 2, 0, 0]] == [100, 200, 205, 105]
 
 @mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_is_torchvisions(name, monkeypatch):
@@ -698,7 +699,7 @@ def test_a_missing_library_is_named_with_its_pip_command(error, monkeypatch):
 
 # == 9. Attacks by name ================================================================================
 @mark.parametrize("text", [
-    "", "linf", "l2 8", "fgsm 8", "l7 1/255", "linf -0.1", "margin 1/255"])
+    "", "linf", "l2 8", "fgsm 8", "linf -0.1", "margin 1/255"])
 def test_an_attack_that_no_name_fits_is_refused(text):
     with raises(BadInput):
         parse_attack(text)
@@ -735,6 +736,7 @@ def honest(x):
 def test_an_evaluation_that_is_not_to_be_trusted_is_called_so(f, reason, points):
     """By 200 images, evenly spaced, of which 6% are near the other class. The first model is sound."""
     def score(x, w):
+        assert len(x) < 201
         assert not model.training
         return f(x)
     model = Scored(score)
@@ -745,7 +747,8 @@ def test_an_evaluation_that_is_not_to_be_trusted_is_called_so(f, reason, points)
     assert found[reason] == approx(points, abs=3.5)
     assert (max(found.values()) > 1) == (points > 0)
     assert points != 3 or not found["the gradient is zero or NaN"]  # zero in most pixels, but not in all
-    assert len(found) == 7 and model.training
+    assert len(found) == 7
+    assert model.training
 
 # == 10. Variants ======================================================================================
 def test_asam_and_awp_are_their_formulas():
@@ -914,7 +917,8 @@ def test_every_flag_arrives(seen):
         assert tested is model
         assert restarts == 3
         chosen = torch.arange(9) * 200 // 9  # evenly spaced
-        assert images.equal(data.x_test[chosen]) and labels.equal(data.y_test[chosen])
+        assert images.equal(data.x_test[chosen])
+        assert labels.equal(data.y_test[chosen])
     margin = seen.right_images[2][4].keywords
     assert margin.items() >= dict(eps=0.5, steps=13, stop_when_fooled=True).items()
     assert seen.doubts[0][1:] == (model, images, labels, ["fgsm 1/255", "margin l2 0.5"], 13, 3)
@@ -931,26 +935,29 @@ def test_every_method_is_the_step_of_its_name_with_all_its_settings(seen):
         "sam+at rho 0.2 l2 1989_255 steps 3": partial(at, step=sam),
         "awp rho 0.2 l2 1989_255 steps 3": partial(at, step=partial(sam, ascend=layerwise_ascent)),
     }
-    methods = [label.split()[0] for label in wanted]
-    cli("--method", *methods, *"--rho 0.2 --eps 7.8 --norm l2 --attack-steps 3".split())
-    for call, (label, step) in zip(seen.train, wanted.items(), strict=True):
-        drawn, _, _, ours, *_ = call
+    cli("--method", *[label.split()[0] for label in wanted],
+        *"--rho 0.2 --eps 7.8 --norm l2 --attack-steps 3".split())
+    for (drawn, _, _, ours, *_), (label, step) in zip(seen.train, wanted.items(), strict=True):
         assert same_bits(after(ours), after(step))
         assert drawn == seen.train[0][0]
         assert any(Path("runs").glob(f"tiny small {label} seed 0 *"))
 
-@mark.parametrize("name, lr, decay", [("small", 0.1, 5e-4), ("deit_ti", 0.001, 0.05)])
-def test_defaults(name, lr, decay, monkeypatch):
+@mark.parametrize("name, wanted", [
+    ("small", dict(lr=0.1, weight_decay=5e-4, momentum=0.9, nesterov=False)),
+    ("deit_ti", dict(lr=0.001, weight_decay=0.05, decoupled_weight_decay=True)),
+])
+def test_defaults(name, wanted, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     s = parse_args(["--model", name])
     labels = [sam_at.make_step(method, s)[0] for method in s.method]
     assert labels == ["sgd", "sam rho 0.15", "at linf 1/255 steps 5"]
     model, _, optimizer, _ = sam_at.build(s, 10)
     assert same_bits(weights_of(model), weights_of(sam_at.build(s, 10)[0]))  # all methods start alike
-    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (lr, decay)
+    assert optimizer.defaults.items() >= wanted.items()
     assert not s.bf16
     assert (s.batch_size, s.epochs, s.eval_steps, s.data_dir) == (128, 10, 10, "data")
-    assert (s.attacks, 10, 1, 500, 10) == evaluate.__defaults__ + parse_attack.__defaults__
+    assert (10, s.attacks, 10, 1, 500, 10) == (
+        pgd.__defaults__[1:2] + evaluate.__defaults__ + parse_attack.__defaults__)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert parse_args([]).bf16
     assert not parse_args(["--no-bf16"]).bf16
@@ -982,7 +989,8 @@ def test_bad_input_is_one_message_and_exit_code_2(case, quick):
     code, out, err = cli(*QUICK, *argv.split())
     assert code == 2
     assert says in err.splitlines()[-1]
-    assert "epoch" not in out and not list(Path().rglob("*.pt"))
+    assert "epoch" not in out
+    assert not list(Path().rglob("*.pt"))
 
 # == 14. More than one device ==========================================================================
 def finish(body, *argv, command=("script.py",), **environment):
@@ -1106,7 +1114,7 @@ def test_a_finished_run_is_reported_and_another_measurement_is_another_record(qu
     with monkeypatch.context() as patch:
         patch.setattr(sam_at, "write_whole", None)  # nothing can be written
         assert table() == first
-    assert "rho 0.1" in table("--sharpness")
+    assert table("--sharpness")[-5] == "."  # three decimals
     others = ["--attacks=l2 0.5", "--eval-steps=2", "--restarts=2", "--images=7"]
     for other in others + others:
         table(other)
@@ -1122,7 +1130,7 @@ def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
         f"demo ({record['settings']['data']}), small width 2, 3 epochs, lr 0.1, batch 16, bfloat16; "
         "1041 test images, linf 2/255, 1 steps, 1 starts")
     assert record.keys() >= {"torch", "threads", "machine"}
-    assert record["log"][2]["code"] == record["code"] == sam_at.CODE != ""
+    assert record["log"][2]["code"] == record["code"] == sam_at.sha256((HERE / "sam_at.py").read_bytes())
     data = sam_at.demo_data()
     model = make_model("small", 10, [[math.nan] * 3] * 2, 2)
     model.load_state_dict(state_of())
@@ -1145,13 +1153,15 @@ def test_a_damaged_file_is_named_and_kept(name, quick):
         only("*.json").unlink()
         for i in whole.index(b"net.0.weight"), len(whole) // 2:
             contents.append(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1:])
-        torch.save(Namespace(), path)  # another program's
+        torch.save(torch.load(path) | {"": Namespace()}, path)  # another program's
         contents.append(path.read_bytes())
     for content in contents:
         path.write_bytes(content)
         code, out, err = cli(*QUICK)
-        assert code == 2 and err.count("\n") == 1
-        assert str(path) in err and "epoch 2" not in out
+        assert code == 2
+        assert err.count("\n") == 1
+        assert str(path) in err
+        assert "epoch 2" not in out
         assert path.read_bytes() == content
 
 def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, monkeypatch):
@@ -1171,10 +1181,12 @@ def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, m
         with monkeypatch.context() as patch:
             patch.setattr(place, name, fail)
             code, out, err = cli(*QUICK)
-        assert code == wanted and err.count("\n") == 1
+        assert code == wanted
+        assert err.count("\n") == 1
         assert ("epoch 1/2" in out) == (code == 130)
     out = cli(*QUICK)[1]
-    assert "is trained up to epoch 2/2" in out and "epoch 1/2" not in out
+    assert "is trained up to epoch 2/2" in out
+    assert "epoch 1/2" not in out
 
 # == 16. The program ===================================================================================
 def test_the_benchmark_times_each_method_in_both_precisions(monkeypatch):
@@ -1222,7 +1234,7 @@ def three(label, clean, robust, **settings):
     each seed."""
     records = []
     for seed in 0, 1, 2:
-        points = {"clean": clean, "a": robust, "b": robust + seed - 1}
+        points = {"clean": clean, "a": robust, "b": robust + seed}
         right = {name: packed(torch.arange(4000) < 40 * p) for name, p in points.items()}
         now = dict(label=label, method=label.split()[0], seed=seed, attacks="ab", norm="linf", attack_steps=5, eps=0,
                    rho=1) | settings
@@ -1238,15 +1250,14 @@ SGD = three("sgd", 80, 30)
 AT5 = three("at 1", 75, 60, eps=1)
 
 @mark.parametrize("clean, robust, word", [
-    (80, 35, "yes"),
-    (79.8, 35, "yes"),
-    (79, 40, "no"),
-    (79.62, 40, "no"),
-    (82, 30, "no"),
+    (80, 30.15, "yes"),
+    (79.7, 35, "yes"),
+    (79.65, 40, "no"),
     (82, 30.05, "no"),
 ])
 @mark.parametrize("variant", ["asam 1", "esam 1"])
-def test_c1_and_c5_want_a_gain_under_every_attack_for_half_a_point(clean, robust, word, variant):
+def test_c1_and_c5_want_a_gain_under_every_attack_for_half_a_point_with_two_errors_to_spare(
+        clean, robust, word, variant):
     sam = three("sam 1", clean, robust)
     other = three(variant, clean, robust)
     assert verdicts_of(*SGD, *sam, *other) == {"C1": word, "C5": word}
@@ -1254,24 +1265,20 @@ def test_c1_and_c5_want_a_gain_under_every_attack_for_half_a_point(clean, robust
     sam[0]["right"]["b"] = SGD[0]["right"]["b"]  # no gain under this attack
     assert verdicts_of(*SGD, *sam) == {"C1": "no"}
 
-def test_c1_is_judged_for_each_radius_and_wants_two_errors_to_spare():
-    """The second is as accurate as the first, but on other images: the error is a point."""
-    other = three("sam 2", 80, 35, rho=2)
-    other[0]["right"]["clean"] = packed(torch.arange(4000) >= 800)
-    table = report.table_of([*other, *three("sam 1", 80, 35), *SGD])
+def test_c1_is_judged_for_each_radius():
+    table = report.table_of([*three("sam 2", 79, 35, rho=2), *three("sam 1", 80, 35), *SGD])
     assert report.verdicts(*table)["C1"] == "**yes** (sam 1); **no** (sam 2)"
 
 @mark.parametrize("clean, robust, other, c2, c3a", [
     (80, 35, 36, "yes", "yes"),
     (80, 35, 61, "no", "yes"),
     (80, 60, 36, "no", "no"),
-    (74, 50, 36, "yes", "no"),
     (79, 35, 20, "yes", "no"),
 ])
 def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     """C2 is about every SAM, C3a about the best of those that are free."""
     sam = three("sam 1", clean, robust)
-    others = three("sam 2", 70, other) + three("at 2", 77, 20, eps=0.5) + three("sam+at 1", 0, 90)
+    others = three("sam 2", 70, other) + three("at 2", 77, 20, eps=2) + three("sam+at 1", 0, 90)
     found = verdicts_of(*SGD, *AT5, *sam, *others)
     assert (found["C2"], found["C3a"]) == (c2, c3a)
     found = verdicts_of(*SGD, *three("at 1", 79.95, 70, eps=1), *sam)  # no clear price
@@ -1280,11 +1287,10 @@ def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     assert verdicts_of(*SGD, *AT5, *sam[:2])["C2"] == "open, so far no"
 
 @mark.parametrize("clean, robust, word", [
-    (78, 77, "above: +35.0 ± 1.3"),
-    (78, 42, "on: "),
+    (78, 44.5, "above: +2.5 ± 1.1"),
     (78, 43.7, "on: "),
     (78, 40.3, "on: "),
-    (78, 35, "below: -7.0"),
+    (78, 39.5, "below: -2.5"),
     (60, 70, "above: +4.0"),
     (90, 40, "above: +10.0"),
 ])
@@ -1297,22 +1303,24 @@ def test_c3b_and_c6_are_about_price(clean, robust, word, claim, steps):
     l2 = three("at l2", 79, 20, eps=0.5, attack_steps=steps, norm="l2")  # not on it
     at[0]["settings"]["seed"] = 3
     found = verdicts_of(*SGD, *three("sam 0", clean, robust - 9), *three("sam 1", clean, robust), *at, *l2)
-    assert found[claim].startswith("open, so far " + word) and "open" in found["C3a"] and len(found) == 4
+    assert found[claim].startswith("open, so far " + word)
+    assert "open" in found["C3a"]
+    assert len(found) == 4
 
 def report_of(*records):
     """RESULTS.md of records, one of them in runs."""
-    lines = [json.dumps(record) for record in records]
+    first, *lines = map(json.dumps, records)
     Path("results").mkdir()
     Path("runs/one").mkdir(parents=True)
-    Path("results/records.jsonl").write_text("\n".join([*lines[1:], ""]))
-    Path("runs/one/x.json").write_text(lines[0])
+    Path("results/records.jsonl").write_text("\n".join([*lines, ""]))
+    Path("runs/one/x.json").write_text(first)
     report.main()
-    found = Path("results/records.jsonl").read_text().splitlines()
-    assert sorted(found) == sorted(set(lines))  # each once
+    assert sorted(Path("results/records.jsonl").read_text().splitlines()) == sorted({first, *lines})  # each once
     return Path("RESULTS.md").read_text("utf-8")
 
-def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set():
+def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set(monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", drawn := Mock())
     pets = [*SGD, *AT5, *three("sam 1", 80, 35.125)]
     cars = [{**record, "table": "cars main"} for record in SGD]
     check = [{**record, "table": "pets check", "images": 8} for record in pets[1:]]
@@ -1324,14 +1332,16 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set():
         "pets.png",
         "## Main result: pets\n\npets main\n\n",
         "|  | seeds | clean | a | b | under attack | clean gain | under attack gain |", "| sgd",
-        "| sam 1 | 3 | 80 | 35.12 | 35.12 | 35.12 | +0.0 ± 0.0 | +5.1 ± 0.3 |", "| at 1",
+        "| sam 1 | 3 | 80 | 35.12 | 36.12 | 35.62 | +0.0 ± 0.0 | +5.1 ± 0.3 |", "| at 1",
         "## Main result: cars",
         "## Check: vans",
         "## Check: pets", "| sgd | 2 | 100 |",
     ]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
-    assert Path("results/pets.png").read_bytes()[:4] == b"\x89PNG"
+    assert drawn.call_args_list[1].args[:3] == (
+        (35.625,), (80,), (0,))  # of SAM: its clean gain is without error
+    assert Path("results/pets.png").exists()
 
 def test_rises_have_their_rank_correlation_with_and_without_at():
     """Ranks 1 2 3 4 and 2 3 4 1."""

@@ -211,7 +211,7 @@ def main():
             what = "Flatness"
             plain = [row for row in table if len(family(row)) == 1]
             if len(plain) > 2:
-                pictures[f"{source}-rise-of-the-loss"] = table, "rho 0.1", "linf 1/255"
+                pictures.setdefault(f"{source}-rise-of-the-loss", (table, "rho 0.1", "linf 1/255"))
                 title += f"\n\nCorrelation of the ranks: {correlation(table):+.2f}; without AT {correlation(plain):+.2f}."
         elif table[0].method == "sgd" and source not in found:
             what, found[source] = "Main result", verdicts(*table)
@@ -219,8 +219,7 @@ def main():
         body += [f"\n## {what}: {source}\n\n{title}\n", *lines_of(table)]
     claims = [[f"{claim}. {meaning}"] + [verdict.get(claim, "open") for verdict in found.values()]
               for claim, meaning in CLAIMS.items()]
-    shown = (f"\n![{name}](results/{name}.png)" for name in pictures)
-    top = [HEAD, *markdown(["", *found], claims), *shown]
+    top = [HEAD, *markdown(["", *found], claims), *(f"\n![{name}](results/{name}.png)" for name in pictures)]
     Path("RESULTS.md").write_text("\n".join(top + body), "utf-8")
     try:
         for name, drawn in pictures.items():
