@@ -181,7 +181,7 @@ def picture(name, table, x, y):
     from matplotlib.figure import Figure
     axes = Figure((14, 8)).subplots()
     axes.set(title=name, xlabel=x, ylabel=y)
-    axes.margins(0.2)  # for the labels
+    axes.margins(0.25)  # for the labels
     for _, rows in groupby(table, family):
         crosses = []
         for row in rows:
