@@ -1291,7 +1291,7 @@ def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     (78, 43.7, "on: "),
     (78, 40.3, "on: "),
     (78, 39.5, "below: -2.5"),
-    (60, 70, "above: +4.0"),
+    (60, 70, "above: +4.0 ± 0.2"),
     (90, 40, "above: +10.0"),
 ])
 @mark.parametrize("claim, steps", [("C3b", 5), ("C6", 1)])
