@@ -637,7 +637,7 @@ def test_a_folder_is_read_class_by_class(tmp_path):
     assert data.x[1, :, 5, 5].tolist() == [0, 60, 20]
     assert data.x_test[2, :, 5, 5].tolist() == [80, 60, 100]
     assert (data.classes, data.source, data.augment) == (2, "pets", True)
-    assert cli(*QUICK, "--dataset", "folder", "--data-dir", place)[0] == 0  # a channel is constant
+    assert cli(*QUICK, "--dataset=folder", "--data-dir", place)[0] == 0  # a channel is constant
 
 @mark.parametrize("spoil, says", [
     (lambda root: (root / "train").rename(root / "gone"), "--data-dir"),
@@ -1020,7 +1020,7 @@ def record_of(runs="runs"):
 
 def test_two_processes_train_as_one_but_each_share_has_its_own_v(quick):
     """Only the first writes and speaks."""
-    flags = [*QUICK, "--method", "sam", "--rho", 0.3]
+    flags = [*QUICK, "--method=sam", "--rho=0.3"]
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 script.py"
     out = finish("""
 import test_sam_at as suite
@@ -1063,7 +1063,7 @@ def test_the_first_process_writes_and_a_file_is_replaced_as_a_whole(monkeypatch)
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been():
     out = finish("""
 begin = time.time()
-sam_at.main([*sys.argv[1:], "--runs", "whole"])
+sam_at.main([*sys.argv[1:], "--runs=whole"])
 epoch = (time.time() - begin) / 40
 saved = lambda: [path.stat() for path in sam_at.Path("runs").glob("*/checkpoint.pt")]
 for kill in range(10):
@@ -1076,7 +1076,7 @@ for kill in range(10):
     time.sleep(random.uniform(0, 1) * epoch)
     os.kill(child, signal.SIGKILL)
     os.wait()
-sys.exit(sam_at.main())""", *QUICK, "--method", "sam+at", "--epochs", 40)
+sys.exit(sam_at.main())""", *QUICK, "--method=sam+at", "--epochs", 40)
     assert "is trained up to epoch" in out
     assert same_bits(state_of("whole").values(), state_of().values())
     assert record_of("whole")["figures"] == record_of()["figures"]
@@ -1089,18 +1089,18 @@ def test_what_decides_the_weights_and_nothing_else_makes_another_run(seen, monke
     def runs_after(*argv):
         assert cli(*argv)[0] == 0
         return len(os.listdir("runs"))
-    given = ["--method", "sam+at", "--no-bf16"]
+    given = "--method sam+at --no-bf16".split()
     for n, flag in enumerate(["", *DECIDES], 1):
         given += flag.split()
         assert runs_after(*given) == n, flag
     assert seen.train[0][0] != seen.train[1][0]  # another seed, other random numbers
-    runs = runs_after("--method", "sgd")
+    runs = runs_after("--method=sgd")
     assert runs_after(*"--method sgd --rho 0.3 --eps 0.2 --norm l2 --attack-steps 2".split()) == runs
-    for n, part in enumerate(["x", "y", "x_test", "y_test"], 1):
+    for n, part in enumerate("x y x_test y_test".split(), 1):
         other = tiny_data(200)
         setattr(other, part, getattr(other, part).roll(1, 0))
         monkeypatch.setattr(sam_at, "load_data", lambda *_: other)
-        assert runs_after("--method", "sgd") == runs + n
+        assert runs_after("--method=sgd") == runs + n
 
 def test_a_finished_run_is_reported_and_another_measurement_is_another_record(quick, monkeypatch):
     def table(*more):
@@ -1312,7 +1312,7 @@ def report_of(*records):
     first, *lines = map(json.dumps, records)
     Path("results").mkdir()
     Path("runs/one").mkdir(parents=True)
-    Path("results/records.jsonl").write_text("\n".join([*lines, ""]))
+    Path("results/records.jsonl").write_text("\n".join(lines) + "\n")
     Path("runs/one/x.json").write_text(first)
     report.main()
     assert sorted(Path("results/records.jsonl").read_text().splitlines()) == sorted({first, *lines})  # each once
@@ -1322,7 +1322,7 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set(monkey
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("matplotlib.axes.Axes.errorbar", drawn := Mock())
     pets = [*SGD, *AT5, *three("sam 1", 80, 35.125)]
-    cars = [{**record, "table": "cars main"} for record in SGD]
+    cars = [{**record, "table": "cars main"} for record in SGD + AT5]
     check = [{**record, "table": "pets check", "images": 8} for record in pets[1:]]
     vans = [{**record, "table": "vans without SGD"} for record in AT5]
     text = report_of(*check, *cars, *pets, *vans, SGD[1])
@@ -1339,17 +1339,17 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set(monkey
     ]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
-    assert drawn.call_args_list[1].args[:3] == (
-        (35.625,), (80,), (0,))  # of SAM: its clean gain is without error
+    sgd, sam, at, _, cars_at = drawn.call_args_list
+    assert sam.args[:3] == ((35.625,), (80,), (0,))  # its clean gain is without error
+    assert at.kwargs == cars_at.kwargs != sgd.kwargs  # a family has its colour
     assert Path("results/pets.png").exists()
 
 def test_rises_have_their_rank_correlation_with_and_without_at():
     """Ranks 1 2 3 4 and 2 3 4 1."""
     records = []
     for label, around_w, around_x in ("sgd", 1, 4), ("sam 1", 2, 5), ("sam 2", 3, 60), ("awp 1", 9, 1):
-        record = three(label, 0, 0)[0]
-        record.update(right={}, figures={"rho 0.1": around_w, "linf 1/255": around_x})
-        records.append(record)
+        rises = {"rho 0.1": around_w, "linf 1/255": around_x}
+        records.append(three(label, 0, 0)[0] | dict(right={}, figures=rises))
     text = report_of(*records)
     assert "rise-of-the-loss.png" in text
     assert "## Flatness: pets\n\npets main\n\nCorrelation of the ranks: -0.20; without AT +1.00.\n\n|" in text

@@ -12,7 +12,7 @@ that of the place on the curve (after six; C6's went from 0.2 to 11.2; the demo'
 """
 import base64
 import json
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy
@@ -116,7 +116,7 @@ def height(row, curve):
 
     clean, slope = figure(row, "clean"), 0
     there = score(min(curve, key=lambda other: abs(figure(other, "clean") - clean)))
-    for p, q in zip(curve, curve[1:]):
+    for p, q in pairwise(curve):
         high, low = figure(p, "clean"), figure(q, "clean")
         if low <= clean <= high != low:
             t = (high - clean) / (high - low)
@@ -126,8 +126,11 @@ def height(row, curve):
 
 def verdicts(sgd, *rows):
     """{claim: verdict}, of those claims that the rows say something on."""
-    sams = [row for row in rows if row.method == "sam"]
-    ats = [row for row in rows if row.method == "at"]
+    def rows_of(*methods):
+        return [row for row in rows if row.method in methods]
+
+    sams = rows_of("sam")
+    ats = rows_of("at")
     found = {}
 
     def judge(verdict, *rows):
@@ -137,7 +140,7 @@ def verdicts(sgd, *rows):
             verdict = f"open, so far {verdict}"
         return f"**{verdict}** ({', '.join(row.label for row in rows)})"
 
-    for claim, tried in ("C1", sams), ("C5", [row for row in rows if row.method in ("asam", "esam")]):
+    for claim, tried in ("C1", sams), ("C5", rows_of("asam", "esam")):
         if tried:
             found[claim] = "; ".join(judge(free(row, sgd), row) for row in tried)
     if sams and ats:
@@ -163,7 +166,7 @@ def lines_of(table):
     compared = ["clean", "under attack"] if "under attack" in first else []
     lines = []
     for row in table:
-        cells = [row.label, str(len(row.seeds))]
+        cells = [row.label, f"{len(row.seeds)}"]
         cells += [f"{figure(row, name):.4g}" for name in first]
         for name in compared:
             points, error = gain(row[name], first[name])
@@ -176,32 +179,34 @@ def correlation(rows):
     ranks = [numpy.argsort(numpy.argsort([figure(row, name) for row in rows])) for name in ("rho 0.1", "linf 1/255")]
     return numpy.corrcoef(ranks)[0, 1]
 
-def picture(name, table, x, y):
+COLORS = {}  # of families, the same in every picture
+
+def picture(name, table, x, y, words):
     """One column over another: a point for each row, with the errors of its gain. Those of a family are joined."""
     from matplotlib.figure import Figure
     axes = Figure((14, 8)).subplots()
-    axes.set(title=name, xlabel=x, ylabel=y)
+    axes.set(title=name, xlabel=f"{x}{words}", ylabel=f"{y}{words}")
     axes.margins(0.25)  # for the labels
-    for _, rows in groupby(table, family):
+    for key, rows in groupby(table, family):
         crosses = []
         for row in rows:
-            place = [figure(row, column) for column in (x, y)]
+            place = [figure(row, x), figure(row, y)]
             errors = [gain(row[column], table[0][column])[1] for column in (y, x)]
             axes.annotate(f"  {row.label}  \n", place, ha="left" if crosses else "right")  # the first beside the rest
             crosses.append(place + errors)  # in the order of errorbar's arguments
-        axes.errorbar(*zip(*crosses), "o-")
+        axes.errorbar(*zip(*crosses), "o:", color=COLORS.setdefault(key, f"C{len(COLORS)}"))
     axes.figure.savefig(f"results/{name}.png", bbox_inches="tight")
 
 def main():
     stored = Path("results/records.jsonl")
     lines = stored.read_text().splitlines()
-    lines += [path.read_text() for path in Path().glob("runs/*/*.json")]
+    lines += map(Path.read_text, Path().glob("runs/*/*.json"))
     lines = dict.fromkeys(lines)  # each once
     titles = {}
     for record in map(json.loads, lines):
         titles.setdefault(record["table"], []).append(record)
     part = Path("results/records.part")  # not before all can be read
-    part.write_text("\n".join([*lines, ""]))
+    part.write_text("\n".join(lines) + "\n")
     part.replace(stored)
     found, pictures, body = {}, {}, []
     for title, records in sorted(titles.items(), key=lambda item: -len(item[1]) * item[1][0]["images"]):
@@ -211,11 +216,12 @@ def main():
             what = "Flatness"
             plain = [row for row in table if len(family(row)) == 1]
             if len(plain) > 2:
-                pictures.setdefault(f"{source}-rise-of-the-loss", (table, "rho 0.1", "linf 1/255"))
+                drawn = table, "rho 0.1", "linf 1/255", ": mean rise of the loss, in nats (better ←)"
+                pictures.setdefault(f"{source}-rise-of-the-loss", drawn)
                 title += f"\n\nCorrelation of the ranks: {correlation(table):+.2f}; without AT {correlation(plain):+.2f}."
         elif table[0].method == "sgd" and source not in found:
             what, found[source] = "Main result", verdicts(*table)
-            pictures[source] = table, "under attack", "clean"
+            pictures[source] = table, "under attack", "clean", ": accuracy in percent (better →)"
         body += [f"\n## {what}: {source}\n\n{title}\n", *lines_of(table)]
     claims = [[f"{claim}. {meaning}"] + [verdict.get(claim, "open") for verdict in found.values()]
               for claim, meaning in CLAIMS.items()]
