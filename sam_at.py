@@ -316,8 +316,8 @@ def make_optimizer(model, lr, epochs, adamw=False):
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
 def train(model, data, step, optimizer, schedule, epochs, batch_size):
-    """Train with step(model, x, y, optimizer), one of section 3; yield a row of figures after each epoch, of the
-    images as (this process's) steps saw them. Raises FloatingPointError if training diverges."""
+    """Train on from the schedule's epoch with step(model, x, y, optimizer), one of section 3; yield after each epoch
+    figures, of the images as (this process's) steps saw them. Raises FloatingPointError if training diverges."""
     for epoch in range(schedule.last_epoch + 1, epochs + 1):
         start = time.perf_counter()
         loss_sum = correct = images = 0
@@ -470,7 +470,7 @@ def autoattack(model, x, y, eps, norm):
     """AutoAttack, its authors' own (Croce and Hein 2020)."""
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # it wants .view()
     attack = imported("pyautoattack").AutoAttack(plain, norm=norm.capitalize(), eps=eps, seed=0, device=x.device)
-    with torch.random.fork_rng(), as_bad_input("autoattack wants ten classes or more"):
+    with torch.random.fork_rng(), as_bad_input("autoattack failed; it wants ten classes or more"):
         x_adv, _ = attack.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
     print(f"  autoattack {norm}: {len(x)} images done")
     return x_adv
@@ -618,8 +618,8 @@ def make_model(name, classes, mean_std=CIFAR10, width=None):
 #        SAM        max_w min(A(w - rho), A(w + rho))  w = w_standard (1 + rho^2/(3n))    up to rho^4
 #    A' = 0 where p phi((w + eta n)/sqrt n) = (1-p) phi((eta n - w)/sqrt n); its logarithm is linear in w. AT moves
 #    each of the n features by eps < eta against y; x_1 = +-1 counts as out of its reach. For SAM expand A(w + rho) =
-#    A(w - rho) at w_0 = w_standard: A'' (w - w_0) + A''' rho^2/6 = 0, A'''/A'' = -2 w_0/n. The steps of section 3 end
-#    there, too (see the tests), SAM's with its exact maximum; its own ascent climbs the wrong side, to w_standard.
+#    A(w - rho) at w_0 = w_standard: A'' (w - w_0) + A''' rho^2/6 = 0, A'''/A'' = -2 w_0/n. Section 3's steps end
+#    there, too (see the tests), SAM's with v at the worst end; its ascent may pick the other, and ends at w_standard.
 # == 12. The duality, measured: does flat around the weights go with flat around the inputs? ==============
 def sharpness(model, x, y):
     """How far the mean loss rises at SAM's ascent of length rho, and under PGD-10, in eval mode:
@@ -657,14 +657,14 @@ def make_step(method, s):
     }[method]
 
 ABOUT = """Train networks with SGD, SAM or adversarial training (AT), attack them, and print one table.
-  sam_at.py                                               the three on synthetic data, in a minute
-  sam_at.py --method sam --rho 0.1                        one of them
-  sam_at.py --dataset cifar10 --model prn18 --epochs 30   on CIFAR-10, which is downloaded"""
+  sam_at.py                                                          the three on synthetic data, in a minute
+  sam_at.py --method sam --rho 0.1                                   one of them
+  sam_at.py --dataset cifar10 --model prn18 --width 16 --epochs 30   on CIFAR-10, which is downloaded"""
 CUDA = torch.cuda.is_available()
 SETTINGS = {  # name: (default, meaning)
     "method": (("sgd", "sam", "at"), "what to train"),
     "rho": (0.15, "SAM's radius; asam wants ten times as much, awp 0.005"),
-    "eps": ("1/255", "AT's radius"),
+    "eps": ("1/255", "AT's radius; of norm l2 32/255, say"),
     "norm": ("linf", "AT's norm"),
     "attack_steps": (5, "AT's steps, of eps/4 each; 1 is one of 1.25 eps, at SAM's price"),
     "dataset": ("demo", "what to train on and to attack"),
@@ -772,7 +772,7 @@ def train_or_resume(s, data, label, step, checkpoint):
     generator = torch.cuda if s.device == "cuda" else torch  # of the other random numbers
     log = []
     if checkpoint.exists():
-        with as_bad_input(f"{checkpoint} is damaged, or another program's: move it away"):
+        with as_bad_input(f"{checkpoint} cannot be read; if it is damaged, or another program's, move it away"):
             if zipfile.ZipFile(checkpoint).testzip() is not None:
                 raise ValueError("a checksum is wrong")
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -812,8 +812,7 @@ def measure(s, model, images, labels):
 TRAINING = ("dataset", "model", "width", "epochs", "batch_size", "lr", "bf16", "compile", "seed", "device")
 
 def run(method, s, data):
-    """Train one network and measure it, each unless that is done. Returns its record: the label of its row, the title
-    of its table, its figures, and all that decides them."""
+    """Train and measure a network, each unless that is done. Returns its record: figures, and what decides them."""
     label, step = make_step(method, s)
     content = b"".join(t.cpu().numpy().tobytes() for t in (data.x, data.y, data.x_test, data.y_test))
     training = {"label": label, "processes": WORLD, "data": sha256(content)}  # what decides the weights
@@ -823,13 +822,14 @@ def run(method, s, data):
     images, labels = evenly_spaced(count, data.x_test, data.y_test)
     what = "rise of the loss" if s.sharpness else f"{', '.join(s.attacks)}, {s.eval_steps} steps, {s.restarts} starts"
     title = (f"{data.source} ({training['data']}), {s.model} width {s.width or 'as usual'}, {s.epochs} epochs, "
-             f"lr {s.lr:g}, batch {s.batch_size}{', bfloat16' * s.bf16}; {len(images)} test images, {what}")
+             f"lr {s.lr:g}, batch {s.batch_size}{', bfloat16' * s.bf16}{f', {WORLD} processes' * (WORLD > 1)}"
+             f"{', compiled' * s.compile}{', cuda' * (s.device == 'cuda')}; {len(images)} test images, {what}")
     name = f"{data.source} {s.model} {label} seed {s.seed} {sha256(json.dumps(training).encode())}".replace("/", "_")
     folder = Path(s.runs, name)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{sha256(title.encode())}.json"
     if path.exists():
-        print(f"{label}  reported from {path}")
+        print(f"{label}  reported from {path}; to train anew, delete its folder")
         with as_bad_input(f"{path} is damaged: move it away"):
             return json.loads(path.read_bytes())
     model, log = train_or_resume(s, data, label, step, folder / "checkpoint.pt")
@@ -866,7 +866,7 @@ def show(records):
     for r in records:
         for reason, points in r["stronger"].items():
             if points > 1:
-                print(f"warning: {r['label']}: {reason}: {points:.1f}")
+                print(f"warning: {r['label']}: {reason}: {points:.1f}% of images")
 
 def perform(s):
     torch.backends.cudnn.allow_tf32 = False  # attacks want all 23 bits

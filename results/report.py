@@ -206,7 +206,7 @@ def main():
     for record in map(json.loads, lines):
         titles.setdefault(record["table"], []).append(record)
     part = Path("results/records.part")  # not before all can be read
-    part.write_text("\n".join(lines) + "\n")
+    part.write_text("".join(f"{line}\n" for line in lines))
     part.replace(stored)
     found, pictures, body = {}, {}, []
     for title, records in sorted(titles.items(), key=lambda item: -len(item[1]) * item[1][0]["images"]):
