@@ -26,7 +26,7 @@ from torch import nn
 import sam_at
 from sam_at import (BadInput, adaptive_ascent, ascent, at_step, batches, esam_step, evaluate, gradient,
                     layerwise_ascent, load_data, make_model, make_optimizer, parse_args, parse_attack, perturbed, pgd,
-                    radius, sam_step, sgd_step, steepest, write_whole)
+                    sam_step, sgd_step, steepest, write_whole)
 
 settings.register_profile("repeatable", deadline=None, max_examples=20, derandomize=True,
                           suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -319,10 +319,7 @@ def test_sam_that_would_be_sgd_is_an_error(rho, weights):
     with raises(BadInput, match="gradient|rho"), perturbed(weights(model), rho):
         pass
 
-def torn(weights, grads, rho):
-    return [weights[0].add_(1.0), torch.ones(7)]
-
-@mark.parametrize("ascend", [ascent, torn])
+@mark.parametrize("ascend", [ascent, lambda weights, *_: [weights[0].add_(1.0), torch.ones(7)]])
 def test_an_update_inside_the_block_is_an_error(ascend):
     """As is the gradient of a loss at w, and an ascent that fails half way. The weights are restored all the same."""
     model = tiny_net()
@@ -445,6 +442,7 @@ def test_normalisation_is_inside_and_bf16_for_training_alone():
     model = make_model("small", 3, (mean, std), width=4).eval()
     exact = model(x)
     assert exact.allclose(model.net((x - mean) / std), atol=1e-4)
+    assert str(model).count("ReLU") == 3
     model.bf16 = True
     with torch.autocast("cpu", torch.bfloat16):
         assert model(x).equal(exact)
@@ -511,13 +509,6 @@ def test_images_are_shuffled_and_augmented_where_that_is_asked_for():
         assert kept.sum() < 9 if data.augment else kept.all()
 
 # == 6. The training loop ==============================================================================
-def test_the_learning_rate_of_the_papers_recipe():
-    optimizer, schedule = make_optimizer(tiny_net(), 0.1, 100)
-    for rate in [0.1] * 75 + [0.01] * 15 + [0.001] * 10:
-        assert optimizer.param_groups[0]["lr"] == approx(rate)
-        optimizer.step()
-        schedule.step()
-
 def test_a_row_of_training_holds_averages_over_images(monkeypatch):
     """One of two processes has 4, 4 and 1 images of each epoch's batches; a stand-in whose loss is that number times
     the epochs before, and which errs where it is 1. The third epoch: 2 * (16 + 16 + 1) for 9 images."""
@@ -527,16 +518,15 @@ def test_a_row_of_training_holds_averages_over_images(monkeypatch):
         optimizer.step()
         return torch.tensor(float(len(rows) * len(y))), F.one_hot(y, 3) * (len(y) - 2)
     monkeypatch.setattr(sam_at, "WORLD", 2)
+    monkeypatch.setattr("time.perf_counter", Mock(side_effect=range(6)))
     model = tiny_net()
     optimizer, schedule = make_optimizer(model, 0.1, 3)
     rows = []
     for row in sam_at.train(model, tiny_data(20, size=4), step, optimizer, schedule, 3, 9):
         rows.append(row)
         model.eval()
-    assert len(rows) == row["epoch"] == 3
     assert optimizer.param_groups[0]["lr"] == approx(0.001)
-    assert row["loss"] == 66 / 9
-    assert row["accuracy"] == 800 / 9
+    assert row == dict(epoch=3, loss=66 / 9, accuracy=800 / 9, seconds=1)
 
 # == 7. Evaluation =====================================================================================
 @given(seeds, norms, st.floats(0.001, 0.1), st.integers(1, 70))
@@ -571,14 +561,15 @@ def test_every_attack_has_each_of_its_starts():
 def test_an_attack_may_take_gradients_and_leave_the_model_in_training_mode():
     def attack(model, x, y):
         x.requires_grad_().sum().backward()
+        assert len(x) < 9
         assert not model.training
         model.train()
-        return x.double() - 5e-7  # black pixels are a little below 0
+        return x.double() * 1.000001 - 5e-7  # a little below 0 and above 1
     model, (x, y) = tiny_net().float(), batch(40)
     model.net[1].eval()
     before = all_of(model)
     with torch.inference_mode():
-        figures = evaluate(model, (x * 255).byte(), y, {"a": attack, "b": attack}, batch_size=15)
+        figures = evaluate(model, (x * 2).byte() * 255, y, {"a": attack, "b": attack}, batch_size=15)
     assert len(set(figures.values())) == 1
     assert same_bits(before, all_of(model))
 
@@ -723,12 +714,12 @@ def test_autoattack_is_never_above_pgd(norm, eps):
         evaluate(tiny_net(), *batch(8), [f"autoattack {name}"])
 
 def honest(x):
-    return 0.45 - x.mean(IMAGE)
+    return x.neg_().mean(IMAGE) + 0.45
 
 @mark.parametrize("f, reason, points", [
     (honest, "two gradients disagree", 0),
-    (lambda x: 3e4 * (0.48 - x.mean(IMAGE)), "margin linf 8/255, 9 steps, another start", 6),
-    (lambda x: 0.49 - x.amax(IMAGE), "l2 0.1, 50 steps, another start", 3),
+    (lambda x: 3e4 * (0.48 - x.mean(IMAGE)), "margin linf 8/255, 4 steps, another start", 6),
+    (lambda x: 0.49 - x.amax(IMAGE), "l2 0.1, 50 steps, another start", 8),
     (lambda x: honest(x).clamp(min=0), "the gradient is zero or NaN", 6),
     (lambda x: honest(x) + x.mean() ** 4, "the logits depend on the batch", 100),
     (lambda x: honest(x) + (torch.randn_like(x) * (x - x.detach())).sum(IMAGE), "two gradients disagree", 100),
@@ -743,10 +734,10 @@ def test_an_evaluation_that_is_not_to_be_trusted_is_called_so(f, reason, points)
     x = 0.5 + 0.002 * normal(0, 500, 3, 2, 2)
     x[:470] -= 0.1
     y = (torch.arange(500) < 470).long()
-    found = sam_at.doubts(model, x, y, ["linf 8/255", "l2 0.1", "margin l2 1/2"], 9, 2)
+    found = sam_at.doubts(model, x, y, ["linf 8/255", "l2 0.1", "margin l2 1/2"], 4, 2)
     assert found[reason] == approx(points, abs=3.5)
     assert (max(found.values()) > 1) == (points > 0)
-    assert points != 3 or not found["the gradient is zero or NaN"]  # zero in most pixels, but not in all
+    assert points != 8 or not found["the gradient is zero or NaN"]  # zero in most pixels, but not in all
     assert len(found) == 7
     assert model.training
 
@@ -895,9 +886,9 @@ def seen(monkeypatch):
 
 def test_every_flag_arrives(seen):
     """Those of the methods are in the next test."""
-    flags = """--method sgd --dataset tiny-imagenet --data-dir pics --bf16 --model prn18 --width 5 --epochs 5
+    flags = """--method sgd --dataset tiny-imagenet --data-dir pics --bf16 --model prn18 --width 5 --epochs 30
         --batch-size 6 --compile --seed 11 --eval-steps 13 --restarts 3 --images 9 --runs elsewhere --device cpu"""
-    assert "  loss 1.0000  accuracy 50.0%  1.0 s, 4 s left" in cli(
+    assert "  loss 1.0000  accuracy 50.0%  1.0 s, 29 s left" in cli(
         *flags.split(), "--attacks", "fgsm 1/255", "margin l2 0.5")[1]
     assert seen.load_data[0][1:] == ("tiny-imagenet", "pics")
     assert "bfloat16, compiled; 9 test images" in record_of("elsewhere")["table"]
@@ -909,8 +900,8 @@ def test_every_flag_arrives(seen):
     assert model.net[-1].out_features == 3
     assert model.mean.flatten().allclose((data.x / 255).mean((0, 2, 3)))
     assert model.std.flatten().allclose((data.x / 255).std((0, 2, 3)))
-    assert set(schedule.milestones) == {4, 5}
-    assert sizes == [5, 6]
+    assert set(schedule.milestones) == {23, 27}
+    assert sizes == [30, 6]
     for drawn, tested, images, labels, _, restarts in seen.right_images:
         assert drawn == float(uniform(11, 1))
         assert tested is model
@@ -966,6 +957,7 @@ BAD = """
 --eps x > radius
 --eps 1/0 > radius
 --attacks linf > attack
+--dataset mnist > invalid choice
 --method sma > sma
 --roh 1 > roh
 --epoch 1 > epoch
@@ -1140,7 +1132,7 @@ def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
     assert report.columns_of(record)["clean"].tolist() == (100 * right).tolist()
     header, row, warning = out.split("\n\n")[1].splitlines()
     assert row.split()[:4] == ["sam", "rho", "0.15", f"{record['figures']['clean']:.1f}"]
-    assert "1.5" in warning
+    assert "sam rho 0.15: the moon is full: 1.5" in warning
 
 @mark.parametrize("name", ["checkpoint.pt", "*.json"])
 def test_a_damaged_file_is_named_and_kept(name, quick):
@@ -1226,16 +1218,14 @@ def test_a_gain_and_its_error_of_six_images():
     assert report.gain(a, b) == approx((100 / 6, 100 * math.sqrt(4 / 15 / 6 + 1 / 18 / 2)))
     assert report.gain(a[:1], b[:1]) == approx((100 / 3, 100 * math.sqrt(4 / 15 / 6)))
 
-def packed(flags):
-    return base64.b64encode(numpy.packbits(flags)).decode()
-
 def three(label, clean, robust, **settings):
     """Records of three seeds, 4,000 images: so many percent right, clean and under two attacks; under b one more with
     each seed."""
     records = []
     for seed in 0, 1, 2:
         points = {"clean": clean, "a": robust, "b": robust + seed}
-        right = {name: packed(torch.arange(4000) < 40 * p) for name, p in points.items()}
+        right = {name: base64.b64encode(numpy.packbits(torch.arange(4000) < 40 * p)).decode()
+                 for name, p in points.items()}
         now = dict(label=label, method=label.split()[0], seed=seed, attacks="ab", norm="linf", attack_steps=5, eps=0,
                    rho=1) | settings
         records.append(dict(label=label, table="pets main", images=4000, figures={}, right=right, settings=now))
@@ -1293,6 +1283,7 @@ def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     (78, 39.5, "below: -2.5"),
     (60, 70, "above: +4.0 ± 0.2"),
     (90, 40, "above: +10.0"),
+    (40, 72, "above: +2.0"),
 ])
 @mark.parametrize("claim, steps", [("C3b", 5), ("C6", 1)])
 def test_c3b_and_c6_are_about_price(clean, robust, word, claim, steps):
@@ -1345,11 +1336,15 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set(monkey
     assert Path("results/pets.png").exists()
 
 def test_rises_have_their_rank_correlation_with_and_without_at():
-    """Ranks 1 2 3 4 and 2 3 4 1."""
+    """Ranks 1 2 3 4 5 and 3 4 5 2 1."""
     records = []
-    for label, around_w, around_x in ("sgd", 1, 4), ("sam 1", 2, 5), ("sam 2", 3, 60), ("awp 1", 9, 1):
-        rises = {"rho 0.1": around_w, "linf 1/255": around_x}
+    for label, w, x in ("sgd", 1, 4), ("sam 1", 2, 5), ("sam 2", 3, 60), ("awp 1", 9, 1), ("sam+at 1", 10, 0.5):
+        rises = {"rho 0.1": w, "linf 1/255": x}
         records.append(three(label, 0, 0)[0] | dict(right={}, figures=rises))
     text = report_of(*records)
     assert "rise-of-the-loss.png" in text
-    assert "## Flatness: pets\n\npets main\n\nCorrelation of the ranks: -0.20; without AT +1.00.\n\n|" in text
+    assert "## Flatness: pets\n\npets main\n\nCorrelation of the ranks: -0.60; without AT +1.00.\n\n|" in text
+    Path("runs/one/x.json").write_text("half")
+    with raises(ValueError):
+        report.main()
+    assert "half" not in Path("results/records.jsonl").read_text()
