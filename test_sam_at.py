@@ -1132,7 +1132,7 @@ def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
     assert report.columns_of(record)["clean"].tolist() == (100 * right).tolist()
     header, row, warning = out.split("\n\n")[1].splitlines()
     assert row.split()[:4] == ["sam", "rho", "0.15", f"{record['figures']['clean']:.1f}"]
-    assert "sam rho 0.15: the moon is full: 1.5" in warning
+    assert "sam rho 0.15: the moon is full: 1.5% of images" in warning
 
 @mark.parametrize("name", ["checkpoint.pt", "*.json"])
 def test_a_damaged_file_is_named_and_kept(name, quick):
