@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The replication: all runs, one at a time on each GPU, then RESULTS.md and the picture. Safe to interrupt and start again.
+# The replication: all runs, one at a time on each GPU, then RESULTS.md and pictures. Safe to interrupt (Ctrl-C) and start again.
 #   ./run_all.sh                            the papers' recipe, 100 epochs, three seeds, CIFAR-10 and CIFAR-100
 #   TINY_IMAGENET=DIR ./run_all.sh          and Tiny-ImageNet, as it unpacks into DIR
 #   ./run_all.sh --dry-run                  print the commands

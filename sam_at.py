@@ -130,7 +130,7 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
     if step_size is None:
         step_size = eps / 4
     x = x.detach()
-    delta = random_delta(x, eps, norm) if random_start else torch.zeros_like(x)
+    delta = random_delta(x, eps, norm) if random_start else 0
     x_adv = (x + delta).clamp(0, 1)
     with restored(model):
         model.requires_grad_(False)  # the attack needs no gradient of the weights
@@ -149,9 +149,9 @@ def pgd(model, x, y, eps, norm="linf", steps=10, step_size=None, random_start=Tr
 #        SAM   v     =  rho * g/|g|_2,                  g = dL/dw:  one norm over all weights, one step
 #    'Dual': a score w.x changes alike when either factor moves. On a linear score of one image both maxima are exact
 #    and lower the margin: delta (l2) by eps|w|, v by rho|x|, more where x is far from 0. In a dense first layer
-#    z = Wx an attack delta does what a move of the weights does, V = (W delta) x^T/|x|^2, and V what the attack
-#    W^+ V x does, if W has a right inverse W^+. As |V| = |W delta|/|x|, a loss of one image that is flat for
-#    |V| <= rho is so for |W delta| <= rho|x|. SAM promises no image that: one v serves all images and layers.
+#    z = Wx the attack delta and the weights' move V = (W delta) x^T/|x|^2 change z alike; so do V and the attack
+#    W^+ V x, if W has a right inverse W^+. As |V| = |W delta|/|x|, a loss of one image that is flat for
+#    |V| <= rho is so for |W delta| <= rho|x|. SAM promises that to no image: one v serves all images and layers.
 def ascent(weights, grads, rho):
     """v = rho * g/|g|_2, one norm over all weights (Foret et al. 2021, eq. 2); where g is 0, so is v."""
     scale = rho / nn.utils.get_total_norm(grads).clamp_min(1e-12)
@@ -190,7 +190,7 @@ def perturbed(model, rho, ascend=ascent):
 # == 3. The three training steps ==========================================================================
 #    They differ in where the gradient is taken. None differentiates through v or delta, though both depend on w: the
 #    gradient of a maximum is the gradient at its maximiser, where that is unique (Danskin's theorem). PGD need not
-#    find it, nor does SAM's one step. Each returns the loss and the logits of its first gradient in w, detached.
+#    find it, nor need SAM's one step. Each returns the loss and the logits of its first gradient in w, detached.
 def gradient(model, x, y):
     """Put dL/dw on the weights, in place of what lay there; return loss and logits."""
     model.zero_grad()
@@ -285,7 +285,7 @@ def crop_and_flip(x, pad=4):
     n, _, h, w = x.shape
     down, right = torch.randint(2 * pad + 1, (2, n))
     mirrored = torch.rand(n) < 0.5
-    crops = F.pad(x, (pad, pad, pad, pad), mode="reflect").unfold(2, h, 1).unfold(3, w, 1)  # a view
+    crops = F.pad(x, [pad] * 4, mode="reflect").unfold(2, h, 1).unfold(3, w, 1)  # a view
     x = crops[torch.arange(n), :, down, right]  # (N, C, 9, 9, H, W) -> (N, C, H, W)
     x = x.contiguous(memory_format=torch.channels_last)  # which convolutions like best
     x[mirrored] = x[mirrored].flip(3)
@@ -317,7 +317,7 @@ def make_optimizer(model, lr, epochs, adamw=False):
 
 def train(model, data, step, optimizer, schedule, epochs, batch_size):
     """Train on from the schedule's epoch with step(model, x, y, optimizer), one of section 3; yield after each epoch
-    figures, of the images as (this process's) steps saw them. Raises FloatingPointError if training diverges."""
+    its figures, of the images that (this process's) steps saw. Raises FloatingPointError if training diverges."""
     for epoch in range(schedule.last_epoch + 1, epochs + 1):
         start = time.perf_counter()
         loss_sum = correct = images = 0
@@ -390,7 +390,7 @@ def demo_data(n_train=4000, n_test=1000, classes=10):
     +-4/255, wrong in 1.5%; a tile of +-0.75/255, never wrong, which 1/255 erases. Strengths vary, so robustness falls
     by degrees. SGD leans on all three, SAM less on the smallest, AT on what its eps leaves."""
     n = n_train + n_test
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         y = torch.randint(classes, (n,))
         coarse = F.interpolate(torch.randn(classes, 3, 4, 4), size=32, mode="bilinear")
@@ -446,7 +446,7 @@ def load_folder(directory):
 def load_data(name, directory):
     if name == "demo":
         return demo_data()
-    return load_cifar(name, directory) if name in ("cifar10", "cifar100") else load_folder(directory)
+    return load_cifar(name, directory) if "cifar" in name else load_folder(directory)
 
 # == 9. Attacks by name, and what to think of them ========================================================
 ATTACKS = ("linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255")  # PGD-10, as in [1, 2]
@@ -457,9 +457,9 @@ def radius(text):
     with as_bad_input(f"radius {text!r}: expected 8/255 or 0.03"):
         return float(numerator) / float(denominator or 1)
 
-def fgsm(model, x, y, eps):
+def fgsm(model, x, y, eps, norm="linf"):
     """The fast gradient sign method: one linf step of full size (Goodfellow et al. 2015)."""
-    return pgd(model, x, y, eps, steps=1, step_size=eps, random_start=False)
+    return pgd(model, x, y, eps, norm, steps=1, step_size=eps, random_start=False)
 
 def negative_margin(logits, y):
     """max_{j != y} z_j - z_y, summed: steep even where the network is sure (Carlini and Wagner 2017)."""
@@ -470,7 +470,8 @@ def autoattack(model, x, y, eps, norm):
     """AutoAttack, its authors' own (Croce and Hein 2020)."""
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # it wants .view()
     attack = imported("pyautoattack").AutoAttack(plain, norm=norm.capitalize(), eps=eps, seed=0, device=x.device)
-    with torch.random.fork_rng(), as_bad_input("autoattack failed; it wants ten classes or more"):
+    own_random = torch.random.fork_rng([x.device] * x.is_cuda)
+    with own_random, as_bad_input("autoattack failed; it wants ten classes or more"):
         x_adv, _ = attack.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
     print(f"  autoattack {norm}: {len(x)} images done")
     return x_adv
@@ -479,19 +480,19 @@ def parse_attack(text, steps=10):
     """The attack that a text names: a function (model, x, y) -> x_adv. Raises BadInput."""
     named_pgd = partial(pgd, steps=steps, stop_when_fooled=True)
     match text.split():
-        case ["linf" | "l2" as norm, eps]:
-            attack = partial(named_pgd, norm=norm)
-        case ["margin", "linf" | "l2" as norm, eps]:
-            attack = partial(named_pgd, norm=norm, loss=negative_margin)
-        case ["autoattack", "linf" | "l2" as norm, eps]:
-            imported("pyautoattack")
-            attack = partial(autoattack, norm=norm)
         case ["fgsm", eps]:
             norm, attack = "linf", fgsm
+        case ["margin", norm, eps]:
+            attack = partial(named_pgd, loss=negative_margin)
+        case ["autoattack", norm, eps]:
+            imported("pyautoattack")
+            attack = autoattack
+        case [norm, eps]:
+            attack = named_pgd
         case _:
             raise BadInput(f"attack {text!r}: 'linf 8/255', 'margin l2 0.5', 'fgsm 8/255', 'autoattack l2 1'")
     check_radius(radius(eps), norm)
-    return partial(attack, eps=radius(eps))
+    return partial(attack, eps=radius(eps), norm=norm)
 
 def checked(attack):
     """The same attack, which raises BadInput unless it makes images, within its radius if it is given one."""
@@ -514,7 +515,7 @@ def evaluate(model, images, labels, attacks=ATTACKS, steps=10, restarts=1, batch
     it is right and stays so at every step of PGD from each of its starts. Raises BadInput, or FloatingPointError."""
     if not isinstance(attacks, dict):
         attacks = {name: parse_attack(name, steps) for name in attacks}
-    if len(images) != len(labels) or restarts < 1 or steps < 1 or "clean" in attacks:
+    if not 0 < len(images) == len(labels) or restarts < 1 or steps < 1 or "clean" in attacks:
         raise BadInput(f"{len(images)} images, {len(labels)} labels, {restarts} x {steps} steps, {[*attacks]}")
     figures = {"clean": percent(right_images(model, images, labels, batch_size=batch_size))}
     for name, attack in attacks.items():
@@ -547,7 +548,7 @@ def doubts(model, images, labels, names, steps=10, restarts=1):
             usual = evaluate(model, x, y, [name], steps, restarts)[name]
             for other, more in (name, max(50, steps)), (f"margin {name}", steps):
                 left = evaluate(model, x, y, [other], more, restarts + 1)[other]
-                found[f"{other}, {more} steps, another start"] = usual - left
+                found[f"more fall to {other}, {more} steps, another start"] = usual - left
     return found
 
 # == 10. Variants: more ascents and networks ==============================================================
@@ -664,7 +665,7 @@ CUDA = torch.cuda.is_available()
 SETTINGS = {  # name: (default, meaning)
     "method": (("sgd", "sam", "at"), "what to train"),
     "rho": (0.15, "SAM's radius; asam wants ten times as much, awp 0.005"),
-    "eps": ("1/255", "AT's radius; of norm l2 32/255, say"),
+    "eps": ("1/255", "AT's radius; for l2 rather 32/255"),
     "norm": ("linf", "AT's norm"),
     "attack_steps": (5, "AT's steps, of eps/4 each; 1 is one of 1.25 eps, at SAM's price"),
     "dataset": ("demo", "what to train on and to attack"),
@@ -674,7 +675,7 @@ SETTINGS = {  # name: (default, meaning)
     "epochs": (10, "passes over the training images"),
     "batch_size": (128, "images a step, over all devices"),
     "lr": (0.0, "learning rate; 0: 0.1, or 0.001 for deit_ti, which takes AdamW"),
-    "bf16": (None, "train in bfloat16; unless said, on GPUs and CPUs (AMX) that are made for it"),
+    "bf16": (None, "train in bfloat16; if not said, where the GPU or CPU (AMX) is made for it"),
     "compile": (False, "torch.compile the network for training"),
     "seed": (0, "of weights, batches and attacks"),
     "device": ("cuda" if CUDA else "cpu", "where to run"),
@@ -699,14 +700,13 @@ def parse_args(argv=None):
             options["action"] = argparse.BooleanOptionalAction
         elif default is False:
             options["action"] = "store_true"
-        elif type(default) is tuple:
-            options.update(nargs="+", choices=CHOICES.get(name))
         else:
-            options.update(type=type(default), choices=CHOICES.get(name))
+            kind = {"nargs": "+"} if type(default) is tuple else {"type": type(default)}
+            options.update(kind, choices=CHOICES.get(name))
         parser.add_argument("--" + name.replace("_", "-"), **options)
     s = parser.parse_args(argv)
     for name, value in vars(s).items():
-        least = int(type(value) is int and SETTINGS[name][0] > 0)
+        least = WORLD if name == "batch_size" else int(type(value) is int and SETTINGS[name][0] > 0)
         if type(value) in (int, float) and not least <= value < 1e9:
             raise BadInput(f"--{name.replace('_', '-')} {value}: expected a number from {least} to 1e9")
     s.eps = radius(s.eps)
@@ -718,9 +718,8 @@ def parse_args(argv=None):
     if s.device == "cuda" and not CUDA:
         raise BadInput("--device cuda: no GPU found")
     if s.bf16 is None:
-        s.bf16 = torch.cpu.get_capabilities().get("amx_bf16", False)
-        if s.device == "cuda":
-            s.bf16 = torch.cuda.is_bf16_supported(False)
+        amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+        s.bf16 = torch.cuda.is_bf16_supported(False) if s.device == "cuda" else amx
     return s
 
 # == 14. More than one device: torchrun starts a process for each =========================================
@@ -751,7 +750,7 @@ CODE = sha256(Path(__file__).read_bytes()) if "__file__" in globals() else ""  #
 def write_whole(path, content):
     """Write bytes whole or not at all; the first process does."""
     if RANK == 0:
-        part = path.with_name(path.name + ".part")
+        part = path.with_suffix(".part")
         part.write_bytes(content)
         part.replace(path)
 
@@ -773,7 +772,7 @@ def train_or_resume(s, data, label, step, checkpoint):
     log = []
     if checkpoint.exists():
         with as_bad_input(f"{checkpoint} cannot be read; if it is damaged, or another program's, move it away"):
-            if zipfile.ZipFile(checkpoint).testzip() is not None:
+            if zipfile.ZipFile(checkpoint).testzip():
                 raise ValueError("a checksum is wrong")
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             for name, part in parts.items():
@@ -887,7 +886,8 @@ def main(argv=None):
         perform(parse_args(argv))
         return 0
     except (BadInput, ArithmeticError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's word for a lack of memory
+        no_memory = "allocate" in str(error) or "out of memory" in str(error)
+        if isinstance(error, RuntimeError) and not no_memory:
             raise
         message, code = str(error).partition("\n")[0] or "out of memory", 2
     except KeyboardInterrupt:

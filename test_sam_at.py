@@ -556,7 +556,7 @@ def test_every_attack_has_each_of_its_starts():
         assert found["linf 0.02"] == approx(100 * (2 / 3) ** restarts, abs=10)
     torch.manual_seed(3)
     taken = sam_at.doubts(Scored(score), x, y, ["linf 0.02"], 70, 2)
-    assert taken["linf 0.02, 70 steps, another start"] == approx(15, abs=6)
+    assert taken["more fall to linf 0.02, 70 steps, another start"] == approx(15, abs=6)
 
 def test_an_attack_may_take_gradients_and_leave_the_model_in_training_mode():
     def attack(model, x, y):
@@ -718,8 +718,8 @@ def honest(x):
 
 @mark.parametrize("f, reason, points", [
     (honest, "two gradients disagree", 0),
-    (lambda x: 3e4 * (0.48 - x.mean(IMAGE)), "margin linf 8/255, 4 steps, another start", 6),
-    (lambda x: 0.49 - x.amax(IMAGE), "l2 0.1, 50 steps, another start", 8),
+    (lambda x: 3e4 * (0.48 - x.mean(IMAGE)), "more fall to margin linf 8/255, 4 steps, another start", 6),
+    (lambda x: 0.49 - x.amax(IMAGE), "more fall to l2 0.1, 50 steps, another start", 8),
     (lambda x: honest(x).clamp(min=0), "the gradient is zero or NaN", 6),
     (lambda x: honest(x) + x.mean() ** 4, "the logits depend on the batch", 100),
     (lambda x: honest(x) + (torch.randn_like(x) * (x - x.detach())).sum(IMAGE), "two gradients disagree", 100),
@@ -1228,7 +1228,7 @@ def three(label, clean, robust, **settings):
                  for name, p in points.items()}
         now = dict(label=label, method=label.split()[0], seed=seed, attacks="ab", norm="linf", attack_steps=5, eps=0,
                    rho=1) | settings
-        records.append(dict(label=label, table="pets main", images=4000, figures={}, right=right, settings=now))
+        records.append(dict(label=label, table="two pets (1)", images=4000, figures={}, right=right, settings=now))
     return records
 
 def verdicts_of(*records):
@@ -1277,13 +1277,13 @@ def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     assert verdicts_of(*SGD, *AT5, *sam[:2])["C2"] == "open, so far no"
 
 @mark.parametrize("clean, robust, word", [
-    (78, 44.5, "above: +2.5 ± 1.1"),
-    (78, 43.7, "on: "),
-    (78, 40.3, "on: "),
-    (78, 39.5, "below: -2.5"),
-    (60, 70, "above: +4.0 ± 0.2"),
-    (90, 40, "above: +10.0"),
-    (40, 72, "above: +2.0"),
+    (78, 44.5, "above the curve: +2.5 ± 1.1"),
+    (78, 43.7, "on the curve: "),
+    (78, 40.3, "on the curve: "),
+    (78, 39.5, "below the curve: -2.5"),
+    (60, 70, "above the curve: +4.0 ± 0.2"),
+    (90, 40, "above sgd: +10.0"),
+    (40, 72, "above at 2: +2.0"),
 ])
 @mark.parametrize("claim, steps", [("C3b", 5), ("C6", 1)])
 def test_c3b_and_c6_are_about_price(clean, robust, word, claim, steps):
@@ -1313,27 +1313,27 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set(monkey
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("matplotlib.axes.Axes.errorbar", drawn := Mock())
     pets = [*SGD, *AT5, *three("sam 1", 80, 35.125)]
-    cars = [{**record, "table": "cars main"} for record in SGD + AT5]
-    check = [{**record, "table": "pets check", "images": 8} for record in pets[1:]]
-    vans = [{**record, "table": "vans without SGD"} for record in AT5]
+    cars = [{**record, "table": "cars (1)"} for record in SGD + AT5]
+    check = [{**record, "table": "two pets (1) check", "images": 8} for record in pets[1:]]
+    vans = [{**record, "table": "vans (1)"} for record in AT5]
     text = report_of(*check, *cars, *pets, *vans, SGD[1])
     order = [
-        "|  | pets | cars |\n| --- | --- | --- |",
+        "|  | two pets | cars |\n| --- | --- | --- |",
         "| C1", "**yes** (sam 1) | open |",
-        "pets.png",
-        "## Main result: pets\n\npets main\n\n",
+        "results/two pets.png",
+        "## Main result: two pets\n\ntwo pets (1)\n\n",
         "|  | seeds | clean | a | b | under attack | clean gain | under attack gain |", "| sgd",
         "| sam 1 | 3 | 80 | 35.12 | 36.12 | 35.62 | +0.0 ± 0.0 | +5.1 ± 0.3 |", "| at 1",
         "## Main result: cars",
         "## Check: vans",
-        "## Check: pets", "| sgd | 2 | 100 |",
+        "## Check: two pets", "| sgd | 2 | 100 |",
     ]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
     sgd, sam, at, _, cars_at = drawn.call_args_list
     assert sam.args[:3] == ((35.625,), (80,), (0,))  # its clean gain is without error
     assert at.kwargs == cars_at.kwargs != sgd.kwargs  # a family has its colour
-    assert Path("results/pets.png").exists()
+    assert Path("results/two pets.png").exists()
 
 def test_rises_have_their_rank_correlation_with_and_without_at():
     """Ranks 1 2 3 4 5 and 3 4 5 2 1."""
@@ -1343,7 +1343,7 @@ def test_rises_have_their_rank_correlation_with_and_without_at():
         records.append(three(label, 0, 0)[0] | dict(right={}, figures=rises))
     text = report_of(*records)
     assert "rise-of-the-loss.png" in text
-    assert "## Flatness: pets\n\npets main\n\nCorrelation of the ranks: -0.60; without AT +1.00.\n\n|" in text
+    assert "## Flatness: two pets\n\ntwo pets (1)\n\nCorrelation of the ranks: -0.60; without AT +1.00.\n\n|" in text
     Path("runs/one/x.json").write_text("half")
     with raises(ValueError):
         report.main()

@@ -8,7 +8,8 @@ seeds / seeds). 'Clearly' means: by over two errors. A claim needs three seeds o
 it is open. A data set's main table is, of those with an SGD row, the one of most records times images.
 These rules and CLAIMS are older than the results in records.jsonl, not than former.jsonl's. Mended since: C1 is judged
 for each rho and AT's curve is of linf alone (after two CIFAR-10 runs; no verdict changed); the error of C3b and C6 counts
-that of the place on the curve (after six; C6's went from 0.2 to 11.2; the demo's C6 went from below to on); wording.
+that of the place on the curve (after six; C6's went from 0.2 to 11.2; the demo's C6 went from below to on); C3b
+and C6 name what they compare with, the curve or a row; wording.
 """
 import base64
 import json
@@ -33,16 +34,17 @@ HEAD = """# Results
 
 Written by `results/report.py`, which states the rules. 'Under attack' is the mean of the attacks. Gains are on a table's
 first row, SGD where it was run, in points, over the seeds that both have; ± is one standard error, over images and seeds
-(of one seed: over images alone, which is too small); bars in the pictures are the gains' errors, so SGD has none. 'No': a
-part of the claim is not shown. The best SAM is the most robust of those that C1 finds free, if any, else of all. C3b and C6
-compare it with a curve from SGD over the radii of AT that they name. 'On': within two errors, which are large where the
-curve is steep. A SAM that is more accurate than the whole curve is compared with the curve's nearest row: 'above' may then
-say no more than that it is above SGD. One radius says little. C4, the simplified model, is section 11 of `sam_at.py` and
-of its tests. 'Rise of the loss': how much higher it is, in nats, after SAM's step of length rho, or under an attack; rho
-does not see that BatchNorm lets weights be rescaled; ranks are those at rho 0.1 and at linf 1/255. Gradients
-a step: SGD 1, SAM 2, AT 1 and its attack's steps; seconds: `results/costs.txt`. PGD-10 is not the strongest attack: what
-PGD-50 takes from 200 images is in the records (`stronger`), as are machine, threads and torch of each run: runs of a
-table may be of different processors. The demo is synthetic, made to show the effect: an illustration.
+(of one seed: over images alone, which is too small); bars in the pictures are the gains' errors, so SGD has none. 'Clearly'
+wants two errors: where three seeds decide, that is 82% sure, not 95%. 'No': a part of the claim is not shown. The best SAM
+is the most robust of those that C1 finds free, if any, else of all. C3b and C6 compare it with a curve from SGD over the
+radii of AT that they name. 'On': within two errors, which are large where the curve is steep: there compare the rows. A SAM
+that is more accurate than the whole curve is compared with the nearest row: 'above sgd' says nothing of AT. One radius says
+little. C4, the simplified model, is section 11 of `sam_at.py` and of its tests. 'Rise of the loss': how much higher it is,
+in nats, after SAM's step of length rho, or under an attack; rho does not see that BatchNorm lets weights be rescaled; ranks
+are those at rho 0.1 and at linf 1/255. Gradients a step: SGD 1, SAM 2, AT 1 and its attack's steps; seconds:
+`results/costs.txt`. PGD-10 is not the strongest attack: what PGD-50 takes from 200 images is in the records (`stronger`),
+as are machine, threads and torch of each run: runs of a table may be of different processors. The demo is synthetic, made
+to show the effect: an illustration.
 `results/former.jsonl` keeps earlier records: of a JPEG copy of CIFAR-10, of a tenth of its own images, and of former
 demos.
 """
@@ -69,18 +71,18 @@ def columns_of(record):
 
 class Row(dict):
     """Of one label: its columns, {name: (seeds, images)}, NaN where a seed was not run; its settings are attributes."""
+    seeds = frozenset()
 
 def table_of(records):
     """The rows of a title."""
     seeds = sorted({record["settings"]["seed"] for record in records})
     rows = {}
     for record in records:
-        settings = record["settings"]
-        row = rows.setdefault(settings["label"], Row())
-        vars(row).update(settings)
-        vars(row).setdefault("seeds", set()).add(row.seed)
+        row = rows.setdefault(record["label"], Row())
+        vars(row).update(record["settings"])
+        row.seeds |= {row.seed}
         for name, column in columns_of(record).items():
-            missing = numpy.full((len(seeds), len(column)), numpy.nan)
+            missing = numpy.full((len(seeds), column.size), numpy.nan)
             row.setdefault(name, missing)[seeds.index(row.seed)] = column
     return sorted(rows.values(), key=order)
 
@@ -99,8 +101,7 @@ def gain(a, b):
 
 def ahead(a, b, *names):
     """Whether a row is clearly ahead of another in all those columns."""
-    gains = [gain(a[name], b[name]) for name in names]
-    return all(points > 2 * error for points, error in gains)
+    return all(points > 2 * error for points, error in (gain(a[name], b[name]) for name in names))
 
 def free(row, sgd):
     """Whether it is what C1 asks for."""
@@ -108,21 +109,22 @@ def free(row, sgd):
     return ahead(row, sgd, *row.attacks) and 2 * error - points <= 0.5
 
 def height(row, curve):
-    """How far it lies above a curve of rows at its own clean accuracy, and the error of that; beyond the curve's ends,
-    above the nearest row. Between p and q (of falling pairs the last) the curve is the line of networks that are q with
+    """How far it lies above what, at its own clean accuracy, and the error of that: a curve of rows, or, beyond its
+    ends, the nearest row. Between p and q (of falling pairs the last) the curve is the line of networks that are q with
     probability t, else p. Along it the score, robust + slope * clean, stays as it is: a row's height is its score's."""
     def score(row):
         return row["under attack"] + slope * row["clean"]
 
     clean, slope = figure(row, "clean"), 0
-    there = score(min(curve, key=lambda other: abs(figure(other, "clean") - clean)))
+    nearest = min(curve, key=lambda other: abs(figure(other, "clean") - clean))
+    there, name = score(nearest), nearest.label
     for p, q in pairwise(curve):
         high, low = figure(p, "clean"), figure(q, "clean")
         if low <= clean <= high != low:
             t = (high - clean) / (high - low)
             slope = (figure(q) - figure(p)) / (high - low)
-            there = (1 - t) * score(p) + t * score(q)
-    return gain(score(row), there)
+            there, name = (1 - t) * score(p) + t * score(q), "the curve"
+    return name, *gain(score(row), there)
 
 def verdicts(sgd, *rows):
     """{claim: verdict}, of those claims that the rows say something on."""
@@ -151,9 +153,9 @@ def verdicts(sgd, *rows):
         for claim, steps in ("C3b", 5), ("C6", 1):
             curve = [row for row in ats if family(row) == ("at", "linf", steps)]
             if curve:
-                points, error = height(sam, [sgd, *curve])
+                name, points, error = height(sam, [sgd, *curve])
                 word = "above" if points > 2 * error else "below" if points < -2 * error else "on"
-                found[claim] = judge(f"{word}: {points:+.1f} ± {error:.1f}", sam, *curve)
+                found[claim] = judge(f"{word} {name}: {points:+.1f} ± {error:.1f}", sam, *curve)
     return found
 
 def markdown(head, lines):
@@ -209,8 +211,8 @@ def main():
     part.write_text("".join(f"{line}\n" for line in lines))
     part.replace(stored)
     found, pictures, body = {}, {}, []
-    for title, records in sorted(titles.items(), key=lambda item: -len(item[1]) * item[1][0]["images"]):
-        table, source = table_of(records), title.split()[0]
+    for title, records in sorted(titles.items(), key=lambda item: -sum(record["images"] for record in item[1])):
+        table, source = table_of(records), title.split(" (")[0]
         what = "Check"
         if "clean" not in table[0]:
             what = "Flatness"
@@ -225,7 +227,7 @@ def main():
         body += [f"\n## {what}: {source}\n\n{title}\n", *lines_of(table)]
     claims = [[f"{claim}. {meaning}"] + [verdict.get(claim, "open") for verdict in found.values()]
               for claim, meaning in CLAIMS.items()]
-    top = [HEAD, *markdown(["", *found], claims), *(f"\n![{name}](results/{name}.png)" for name in pictures)]
+    top = [HEAD, *markdown(["", *found], claims), *(f"\n![{name}](<results/{name}.png>)" for name in pictures)]
     Path("RESULTS.md").write_text("\n".join(top + body), "utf-8")
     try:
         for name, drawn in pictures.items():
