@@ -104,10 +104,9 @@ def test_at_takes_the_gradient_at_the_attacked_image():
 
 def test_running_statistics_see_each_batch_once():
     """Momentum 0.1 from 0: after one batch of mean 1/2 the running mean is 0.05, with SAM, too."""
-    model = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 2))
-    x = torch.tensor([[0.2], [0.8]])
-    sam_step(model, x, torch.arange(2), sgd(model), rho=1.0)
-    assert model[0].running_mean == approx(0.05)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+    sam_step(model, GREY, ZERO, sgd(model), rho=1.0)
+    assert model[0].running_mean.mean() == approx(0.05)
 
 def test_robust_accuracy_of_three_images():
     """Score x - 1/2 at label 1 for x = 0.4, 0.52, 0.6, a pixel each: two are right, and withstand linf up to
@@ -172,9 +171,7 @@ def assert_close(a, b, atol=1e-9):
 # == 1. Input space ====================================================================================
 @mark.parametrize("f", [
     lambda z: z,
-    lambda z: 0 * z,
     lambda z: math.nan * z,
-    lambda z: 1e30 * z,
     lambda z: (z - z.detach()).sqrt(),
 ])
 @given(seeds, norms, st.floats(0.001, 0.3), st.booleans(), st.sampled_from([0, 1, 12]))
@@ -397,15 +394,14 @@ def test_a_step_takes_its_passes_and_returns_the_loss_and_logits_of_its_first_gr
     assert loss.allclose(F.cross_entropy(logits, y))
     assert not (logits.requires_grad or loss.requires_grad)
 
-@mark.parametrize("step", [SAM, partial(at_step, eps=0.01)])
-def test_the_steps_train_a_segmentation_network(step):
+def test_at_trains_a_segmentation_network():
     """Logits (N, C, H, W) and labels (N, H, W): which pixels are bright?"""
     x = uniform(0, 8, 3, 6, 6)
     y = (x.mean(1) > 0.5).long()
     torch.manual_seed(0)
     model = nn.Conv2d(3, 2, 1)
     for _ in range(60):
-        step(model, x, y, sgd(model, 1.0))
+        at_step(model, x, y, sgd(model, 1.0), 0.01)
     x_adv = pgd(model, x, y, 0.3, stop_when_fooled=True)
     right, robust = [(model(images).argmax(1) == y).float().mean() for images in (x, x_adv)]
     assert right > 0.9
@@ -501,11 +497,12 @@ def test_an_epoch_meets_every_image_once(monkeypatch, seed, n, batch_size, world
 
 def test_images_are_shuffled_and_augmented_where_that_is_asked_for():
     data = tiny_data(50, size=8)
-    data.y = torch.arange(50)
+    data.y = last = torch.arange(50)
     for data.augment in False, True:
         (x, y), = batches(data, 50)
         kept = (x == data.x[y] / 255).flatten(1).all(1)
-        assert not y.equal(data.y)
+        assert not y.equal(last)
+        last = y
         assert kept.sum() < 9 if data.augment else kept.all()
 
 # == 6. The training loop ==============================================================================
@@ -584,6 +581,7 @@ def further(model, x, y, eps, norm="linf"):
     {"labels": LABELS - 1},
     {"labels": LABELS[:2], "batch_size": 1},
     {"labels": LABELS[:, None]},
+    {"labels": LABELS[:0], "images": IMAGES[:0]},
     {"images": IMAGES - 0.5},
     {"restarts": 0},
     {"steps": 0},
@@ -623,7 +621,6 @@ def make_folder(root, size=(32, 32)):
 def test_a_folder_is_read_class_by_class(tmp_path):
     place = make_folder(tmp_path / "pets", size=(20, 50))
     data = load_data("folder", place)
-    assert data.x.shape == (4, 3, 32, 32)
     assert [*data.y, *data.y_test] == [0, 0, 1, 1] * 2
     assert data.x[1, :, 5, 5].tolist() == [0, 60, 20]
     assert data.x_test[2, :, 5, 5].tolist() == [80, 60, 100]
@@ -689,8 +686,7 @@ def test_a_missing_library_is_named_with_its_pip_command(error, monkeypatch):
         parse_attack("autoattack linf 8/255")
 
 # == 9. Attacks by name ================================================================================
-@mark.parametrize("text", [
-    "", "linf", "l2 8", "fgsm 8", "linf -0.1", "margin 1/255"])
+@mark.parametrize("text", ["linf", "l2 8", "fgsm 8", "margin 1/255"])
 def test_an_attack_that_no_name_fits_is_refused(text):
     with raises(BadInput):
         parse_attack(text)
@@ -729,7 +725,7 @@ def test_an_evaluation_that_is_not_to_be_trusted_is_called_so(f, reason, points)
     def score(x, w):
         assert len(x) < 201
         assert not model.training
-        return f(x)
+        return f(x) * (1 + torch.rand(()) / 9999)
     model = Scored(score)
     x = 0.5 + 0.002 * normal(0, 500, 3, 2, 2)
     x[:470] -= 0.1
@@ -943,7 +939,8 @@ def test_defaults(name, wanted, monkeypatch):
     assert labels == ["sgd", "sam rho 0.15", "at linf 1/255 steps 5"]
     model, _, optimizer, _ = sam_at.build(s, 10)
     assert same_bits(weights_of(model), weights_of(sam_at.build(s, 10)[0]))  # all methods start alike
-    assert optimizer.defaults.items() >= wanted.items()
+    group, = optimizer.param_groups
+    assert group.items() >= wanted.items()
     assert not s.bf16
     assert (s.batch_size, s.epochs, s.eval_steps, s.data_dir) == (128, 10, 10, "data")
     assert (10, s.attacks, 10, 1, 500, 10) == (
@@ -967,6 +964,7 @@ BAD = """
 --epochs 0 > epochs
 --batch-size 0 > batch-size
 --images -1 > images
+--seed 99999999999999999999 > seed
 --width 900000000 > width
 --model deit_ti --width 4 > width
 --device cuda > no GPU found
@@ -981,7 +979,6 @@ def test_bad_input_is_one_message_and_exit_code_2(case, quick):
     assert code == 2
     assert says in err.splitlines()[-1]
     assert "epoch" not in out
-    assert not list(Path().rglob("*.pt"))
 
 # == 14. More than one device ==========================================================================
 def finish(body, *argv, command=("script.py",), **environment):
@@ -1015,7 +1012,7 @@ def test_two_processes_train_as_one_but_each_share_has_its_own_v(quick):
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 script.py"
     out = finish("""
 import test_sam_at as suite
-sam_at.make_model = lambda *_: suite.tiny_net(classes=10, norm=suite.nn.Identity)
+sam_at.make_model = lambda *_: suite.tiny_net(suite.torch.initial_seed(), classes=10, norm=suite.nn.Identity)
 sys.exit(sam_at.main())""", *flags, command=torchrun.split())
     assert out.count("epoch 1/2") == 1
     assert "batch 16, 2 processes; " in record_of()["table"]
@@ -1074,8 +1071,8 @@ sys.exit(sam_at.main())""", *QUICK, "--method=sam+at", "--epochs=40")
     assert record_of("whole")["figures"] == record_of()["figures"]
     assert len(record_of()["log"]) == 40
 
-DECIDES = """--seed 1;--batch-size 9;--lr 0.2;--epochs 3;--bf16;--compile;--width 3;--model prn18;--dataset cifar100;
---rho 0.15000001;--eps 1.0000001/255;--norm l2;--attack-steps 3;--method awp""".split(";")
+DECIDES = """--seed 1;--batch-size 9;--epochs 3;--bf16;--compile;--width 3;--model deit_ti;--lr 0.2;
+--dataset cifar100;--rho 0.15000001;--eps 1.0000001/255;--norm l2;--attack-steps 3;--method awp""".split(";")
 
 def test_what_decides_the_weights_and_nothing_else_makes_another_run(seen, monkeypatch):
     def runs_after(*argv):
@@ -1096,10 +1093,8 @@ def test_what_decides_the_weights_and_nothing_else_makes_another_run(seen, monke
 
 def test_a_finished_run_is_reported_and_another_measurement_is_another_record(quick, monkeypatch):
     def table(*more):
-        code, out, _ = cli(*QUICK, *more)
-        assert code == 0
-        return out.split("\n\n")[1]
-    table("--bf16", "--images=9999")
+        return cli(*QUICK, *more)[1].split("\n\n")[1]
+    table("--bf16", "--sharpness", "--images=9999")
     table("--lr=0.1001")
     first = table()
     monkeypatch.setattr(sam_at, "sgd_step", None)  # no step can be made
@@ -1115,19 +1110,19 @@ def test_a_finished_run_is_reported_and_another_measurement_is_another_record(qu
     assert sorted(record["images"] for record in records) == [7, 1000] + 6 * [1041]
 
 def test_a_record_names_its_row_and_table_and_what_it_takes_to_repeat_it(quick):
-    out = cli(*QUICK, *"--method sam --seed 3 --epochs 3 --bf16".split())[1]
+    out = cli(*QUICK, *"--method sam --seed 3 --epochs 3 --bf16".split(), "--attacks=l2 1")[1]
     record = record_of()
     assert record["settings"].items() >= dict(label="sam rho 0.15", method="sam", rho=0.15, seed=3).items()
     assert record["table"] == (
         f"demo ({record['settings']['data']}), small width 2, 3 epochs, lr 0.1, batch 16, bfloat16; "
-        "1041 test images, linf 2/255, 1 steps, 1 starts")
+        "1041 test images, l2 1, 1 steps, 1 starts")
     assert record.keys() >= {"torch", "threads", "machine"}
     assert record["log"][2]["code"] == record["code"] == sam_at.sha256((HERE / "sam_at.py").read_bytes())
     data = sam_at.demo_data()
     model = make_model("small", 10, [[math.nan] * 3] * 2, 2)
     model.load_state_dict(state_of())
     torch.manual_seed(3)
-    assert record["figures"] == evaluate(model, data.x_test, data.y_test, ["linf 2/255"], steps=1)
+    assert record["figures"] == evaluate(model, data.x_test, data.y_test, ["l2 1"], steps=1)
     right = model.eval()(data.x_test / 255).argmax(1) == data.y_test
     assert report.columns_of(record)["clean"].tolist() == (100 * right).tolist()
     header, row, warning = out.split("\n\n")[1].splitlines()
@@ -1169,6 +1164,7 @@ def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, m
             (sam_at, "sgd_step", diverge, 2),
             (Path, "write_bytes", no_room, 2),
             (sam_at, "load_data", Mock(side_effect=RuntimeError("can't allocate")), 2),
+            (sam_at, "load_data", Mock(side_effect=MemoryError), 2),
             (sam_at, "right_images", interrupt, 130)):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, fail)
@@ -1184,20 +1180,21 @@ def test_no_room_divergence_and_ctrl_c_are_one_line_and_the_run_goes_on(quick, m
 def test_the_benchmark_times_each_method_in_both_precisions(monkeypatch):
     """A stand-in for the clock: bfloat16 takes half as long."""
     def step(model, x, y, optimizer, rho):
-        seen.append(len(x) / (1 + model.bf16))
+        seen.append(len(x) / (1 + model._orig_mod.bf16))
     def clock(timer):
         timer.timeit(1)
         return Namespace(median=seen[-1])
     seen = []
     monkeypatch.setattr(sam_at, "sam_step", step)
     monkeypatch.setattr("torch.utils.benchmark.Timer.adaptive_autorange", clock)
-    out = cli(*"--benchmark --method sam --width 2 --batch-size 6".split())[1]
-    assert out.split() == "sam rho 0.15 float32 6.0000 s, bfloat16 3.0000 s: 2.00 times as fast".split()
+    out = cli(*"--benchmark --compile --method sam --width 2 --batch-size 6".split())[1]
+    assert f"{'sam rho 0.15':40}float32 6.0000 s, bfloat16 3.0000 s: 2.00 times as fast" in out
 
 def test_the_replication_is_156_commands():
     out = subprocess.run([HERE / "run_all.sh", "--dry-run"], capture_output=True, text=True).stdout
     commands = set(out.splitlines())
     assert len(commands) == 156
+    assert out.count("--norm l2") == 24
     for command in commands:
         parse_args(command.split()[2:])
 
@@ -1271,10 +1268,12 @@ def test_c2_and_c3a_are_about_place(clean, robust, other, c2, c3a):
     others = three("sam 2", 70, other) + three("at 2", 77, 20, eps=2) + three("sam+at 1", 0, 90)
     found = verdicts_of(*SGD, *AT5, *sam, *others)
     assert (found["C2"], found["C3a"]) == (c2, c3a)
-    found = verdicts_of(*SGD, *three("at 1", 79.95, 70, eps=1), *sam)  # no clear price
+    found = verdicts_of(*SGD, *three("at 1", 79.95, 70, eps=1, norm="l2"), *sam)  # no clear price
     assert found["C2"] == found["C3a"] == "no"
     sam[0]["right"]["b"] = AT5[0]["right"]["b"]  # no gain on SAM under this attack
-    assert verdicts_of(*SGD, *AT5, *sam[:2])["C2"] == "open, so far no"
+    found = verdicts_of(*SGD, *AT5, *sam[:2])
+    assert found["C2"] == "open, so far no"
+    assert "open" in found["C3b"]
 
 @mark.parametrize("clean, robust, word", [
     (78, 44.5, "above the curve: +2.5 ± 1.1"),
@@ -1295,7 +1294,7 @@ def test_c3b_and_c6_are_about_price(clean, robust, word, claim, steps):
     at[0]["settings"]["seed"] = 3
     found = verdicts_of(*SGD, *three("sam 0", clean, robust - 9), *three("sam 1", clean, robust), *at, *l2)
     assert found[claim].startswith("open, so far " + word)
-    assert "open" in found["C3a"]
+    assert str(found).count("open") == 3  # C1 is not
     assert len(found) == 4
 
 def report_of(*records):
@@ -1313,7 +1312,7 @@ def test_the_report_has_a_verdict_a_table_and_a_picture_for_each_data_set(monkey
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("matplotlib.axes.Axes.errorbar", drawn := Mock())
     pets = [*SGD, *AT5, *three("sam 1", 80, 35.125)]
-    cars = [{**record, "table": "cars (1)"} for record in SGD + AT5]
+    cars = [{**record, "table": "cars (1)", "images": 5000} for record in SGD + AT5]
     check = [{**record, "table": "two pets (1) check", "images": 8} for record in pets[1:]]
     vans = [{**record, "table": "vans (1)"} for record in AT5]
     text = report_of(*check, *cars, *pets, *vans, SGD[1])
