@@ -32,21 +32,27 @@ CLAIMS = {
 
 HEAD = """# Results
 
-Written by `results/report.py`, which states the rules. 'Under attack' is the mean of the attacks. Gains are on a table's
-first row, SGD where it was run, in points, over the seeds that both have; ± is one standard error, over images and seeds
-(of one seed: over images alone, which is too small); bars in the pictures are the gains' errors, so SGD has none. 'Clearly'
-wants two errors: where three seeds decide, that is 82% sure, not 95%. 'No': a part of the claim is not shown. The best SAM
-is the most robust of those that C1 finds free, if any, else of all. C3b and C6 compare it with a curve from SGD over the
-radii of AT that they name. 'On': within two errors, which are large where the curve is steep: there compare the rows. A SAM
-that is more accurate than the whole curve is compared with the nearest row: 'above sgd' says nothing of AT. One radius says
-little. C4, the simplified model, is section 11 of `sam_at.py` and of its tests. 'Rise of the loss': how much higher it is,
-in nats, after SAM's step of length rho, or under an attack; rho does not see that BatchNorm lets weights be rescaled; ranks
-are those at rho 0.1 and at linf 1/255. Gradients a step: SGD 1, SAM 2, AT 1 and its attack's steps; seconds:
-`results/costs.txt`. PGD-10 is not the strongest attack: what PGD-50 takes from 200 images is in the records (`stronger`),
-as are machine, threads and torch of each run: runs of a table may be of different processors. The demo is synthetic, made
-to show the effect: an illustration.
-`results/former.jsonl` keeps earlier records: of a JPEG copy of CIFAR-10, of a tenth of its own images, and of former
-demos.
+Written by `results/report.py`, which states the rules, from the records of runs.
+
+- Under attack: the mean of the attacks. Gains are on a table's first row, SGD where it was run, in points, over the
+  seeds that both have.
+- ±: one standard error, over images and seeds; of one seed over images alone, which is too small. Bars in the pictures
+  are the gains' errors, so SGD has none.
+- Clearly: by over two errors. Where three seeds decide, that is 82% sure, not 95%. No: a part of the claim is not
+  shown.
+- Best SAM: the most robust of those that C1 finds free, if any, else of all.
+- C3b and C6 compare it with a curve from SGD over the radii of AT that they name. On the curve: within two errors,
+  which are large where it is steep: there compare the rows. A SAM that is more accurate than the whole curve is
+  compared with the nearest row: 'above sgd' says nothing of AT. One radius says little.
+- C4, the simplified model, is section 11 of `sam_at.py` and of its tests.
+- Rise of the loss: how much higher it is, in nats, after SAM's step of length rho, or under an attack. rho does not see
+  that BatchNorm lets weights be rescaled. Ranks are those at rho 0.1 and at linf 1/255.
+- Cost, in gradients a step: SGD 1, SAM 2, AT 1 and its attack's steps; in seconds: `results/costs.txt`.
+- PGD-10 is not the strongest attack. What PGD-50 takes from 200 images is in the records (`stronger`), as are machine,
+  threads and torch of each run: runs of a table may be of different processors.
+- The demo is synthetic, made to show the effect: an illustration.
+- `results/former.jsonl` keeps earlier records: of a JPEG copy of CIFAR-10, of a tenth of its own images, and of former
+  demos.
 """
 
 def family(row):
